@@ -1,0 +1,78 @@
+"""The byte budget: a bound on the memory that records, payloads and responses hold (contract 4, ``limits.in_flight_bytes``).
+
+Charged are a record's bytes from fetch to acknowledgement, and response payloads until acknowledged.
+
+1. *Fetching* stops when half of the budget is charged and goes on below three eighths, so that stopping and
+   going on do not alternate with every record. The other half stays free for responses.
+2. A *read* (get) reserves the largest payload it may bring back before it starts, and waits where that does not fit.
+   It never waits when no other read holds a charge: so one charge above the whole budget runs alone, and records that
+   wait in buffers can never keep the reads waiting that would drain them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+FETCH_SHARE = 0.5
+"""Fetched records may hold half of the budget: reads must find room though every buffer is full."""
+RESUME_SHARE = 0.375
+"""A quarter less than :data:`FETCH_SHARE`: pausing drops what the client has prefetched (hazard H7)."""
+
+
+class ByteBudget:
+    """Bytes charged against a fixed limit.
+
+    Args:
+        limit: Bytes, at least 1.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._used = 0
+        self._reads = 0
+        self._waiters: asyncio.Event | None = None
+        self._fetch_stop = int(limit * FETCH_SHARE)
+        self._fetch_resume = int(limit * RESUME_SHARE)
+
+    @property
+    def used(self) -> int:
+        """Bytes charged now; over the limit only by a single charge that is larger than what was free."""
+        return self._used
+
+    @property
+    def fetching_stopped(self) -> bool:
+        """True where no more records should be fetched."""
+        return self._used >= self._fetch_stop
+
+    @property
+    def fetching_may_resume(self) -> bool:
+        """True where fetching, once stopped, may go on."""
+        return self._used <= self._fetch_resume
+
+    def charge(self, size: int) -> None:
+        """Charge *size* bytes without waiting."""
+        self._used += size
+
+    def release(self, size: int) -> None:
+        """Give *size* bytes back and let waiting reads look again."""
+        self._used -= size
+        if self._waiters is not None:
+            self._waiters.set()
+            self._waiters = None
+
+    async def reserve_read(self, size: int) -> None:
+        """Charge *size* bytes for a read, waiting for room; give them back with :meth:`release_read`.
+
+        Cancellation: nothing is charged.
+        """
+        while self._reads and self._used + size > self.limit:
+            if self._waiters is None:
+                self._waiters = asyncio.Event()
+            await self._waiters.wait()
+        self._reads += 1
+        self._used += size
+
+    def release_read(self, size: int) -> None:
+        """Give a read's reservation back."""
+        self._reads -= 1
+        self.release(size)

@@ -1,0 +1,1 @@
+"""Everything that touches aiokafka; nothing outside this package imports it."""

@@ -1,0 +1,205 @@
+"""The contracts between tiered storage and its backends, and the values they exchange.
+
+Two tiers, two contracts, declared by their user (:mod:`consumer.storage.tiered`); backends are duck-typed.
+
+* :class:`HighVolumeBackend` keeps small objects inline and, for large ones, a redirect *tombstone* that names the
+  long-term revision holding the payload. Its one atomic step is :meth:`HighVolumeBackend.compare_and_write`.
+* :class:`LongTermBackend` keeps immutable revisions under names that are never used twice.
+* :class:`ChangeLog` is the durable write-ahead list of changes that touch both tiers.
+
+A row that has expired is absent: for reads, for preconditions, for everything (checklist BT-5, BT-7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from consumer.operations import Metadata, StoredObject
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from consumer.ids import ObjectId
+
+Payload: TypeAlias = bytes | AsyncIterable[bytes]
+"""A payload to store: whole, or as chunks that are read once, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """The name of one immutable long-term write: storage path, ``/``, UUIDv7 (at most 937 bytes of UTF-8)."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """A high-volume row that redirects to the long-term tier; never a deletion marker."""
+
+    target: Revision
+    metadata: Metadata
+    """The object's metadata as stamped at the write, ``size`` included, so that a head or a size check does not need
+    the long-term tier."""
+
+
+@dataclass(frozen=True, slots=True)
+class InlineObject:
+    """A write of a small object into the high-volume tier."""
+
+    metadata: Metadata
+    payload: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A write that leaves no row."""
+
+
+TieredRead: TypeAlias = StoredObject | Tombstone | None
+TieredHead: TypeAlias = Metadata | Tombstone | None
+TieredWrite: TypeAlias = Tombstone | InlineObject | Removal
+
+
+class HighVolumeBackend(Protocol):
+    """Small objects and all tombstones, one row per object id, every method atomic on its row.
+
+    Raises (all methods): ``BackendUnavailable`` for a passing fault, the effect unknown; ``BackendError`` for a
+    permanent one. Cancellation: the step happens whole or not at all; which of the two is unknown to the caller.
+    """
+
+    async def put_non_tombstone(self, object_id: ObjectId, metadata: Metadata, payload: bytes) -> Tombstone | None:
+        """Store the object inline and return None, or leave the row alone and return the tombstone found (HV-1)."""
+        ...
+
+    async def get_tiered(self, object_id: ObjectId) -> TieredRead:
+        """Read the row: object, tombstone, or None (HV-2)."""
+        ...
+
+    async def head_tiered(self, object_id: ObjectId) -> TieredHead:
+        """Read the row without loading the payload (HV-2)."""
+        ...
+
+    async def delete_non_tombstone(self, object_id: ObjectId) -> Tombstone | None:
+        """Delete the object, if any, and return None, or leave the row and return the tombstone found (HV-4)."""
+        ...
+
+    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+        """Write if the row is in the state the caller saw; the atomic step that makes a change real.
+
+        ``current = None`` holds where there is no *live tombstone*: no row, an inline object, or an expired row.
+        ``current = R`` holds where the live tombstone points at ``R``. Idempotent: a row that is already as wanted
+        answers True. For a tombstone "already as wanted" is a live tombstone with the same target; for an inline
+        object or a removal it is *no live tombstone*, and then the row is left as it is (HV-5 … HV-9: the in-memory
+        reading, so that a late retry never destroys a younger inline object).
+
+        Returns:
+            False where another writer won; that is an outcome, not an error (HV-7).
+        """
+        ...
+
+    async def extend(self, object_id: ObjectId, seen: Metadata, extended: Metadata) -> bool:
+        """Replace the expiry of the row (object or tombstone), only if its metadata is still *seen*.
+
+        Used to bump time-to-idle; conditional, so that it can never bring a deleted object back.
+        """
+        ...
+
+    async def join(self) -> None:
+        """Wait for the backend's own background work. Reads still work afterwards."""
+        ...
+
+    async def close(self) -> None:
+        """Release threads, files and connections; no call may follow."""
+        ...
+
+
+class LongTermBackend(Protocol):
+    """Immutable payloads under revision names.
+
+    Raises (all methods): as :class:`HighVolumeBackend`.
+    """
+
+    async def put(self, revision: Revision, metadata: Metadata, payload: Payload) -> int:
+        """Store the payload durably under a name never used before; idempotent for the same bytes.
+
+        Returns:
+            Bytes written. An error raised by the payload's own iterator passes through unchanged and leaves nothing.
+        """
+        ...
+
+    async def get(self, revision: Revision) -> StoredObject | None:
+        """Read metadata and payload, None where there is no such revision."""
+        ...
+
+    async def head(self, revision: Revision) -> Metadata | None:
+        """Read the metadata only."""
+        ...
+
+    async def delete(self, revision: Revision) -> None:
+        """Remove the revision; removing an absent one is a success (GCS-6)."""
+        ...
+
+    async def extend(self, revision: Revision, extended: Metadata) -> None:
+        """Record a later expiry; best effort, absent revisions are ignored."""
+        ...
+
+    async def join(self) -> None:
+        """Wait for the backend's own background work."""
+        ...
+
+    async def close(self) -> None:
+        """Release threads, files and connections; no call may follow."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of the change log: what a mutation that touches both tiers may leave behind (LOG-2)."""
+
+    change_id: UUID
+    """UUIDv7, so that ids sort by time."""
+    object_id: ObjectId
+    new: Revision | None
+    """The revision this change uploads, if any."""
+    old: Revision | None
+    """The revision this change replaces, if any."""
+
+
+class ChangeLog(Protocol):
+    """Durable list of unfinished changes of one *owner* (LOG-1 … LOG-4, LOG-14).
+
+    Raises (all methods): as :class:`HighVolumeBackend`.
+    """
+
+    owner: str
+
+    async def record(self, change: Change) -> None:
+        """Make the entry durable; returns only then."""
+        ...
+
+    async def remove(self, change_id: UUID) -> None:
+        """Drop an entry; dropping an absent one is a success (LOG-3)."""
+        ...
+
+    async def recoverable(self) -> Sequence[Change]:
+        """Claim and return the entries that need recovery: those of dead owners, and those of this owner that were
+        recorded *before this instance was made*. Never an entry recorded through this instance. Unordered."""
+        ...
+
+    async def count(self) -> int:
+        """Entries of this owner now in the log."""
+        ...
+
+    async def join(self) -> None:
+        """Wait for background work (lease heartbeat included) and stop it."""
+        ...
+
+    async def close(self) -> None:
+        """Release threads, files and connections; no call may follow."""
+        ...
