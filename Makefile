@@ -1,0 +1,91 @@
+# Every target builds the environment it needs in .venv, from a lock file with hashes, and says what it does.
+# Needs only make and Python 3.11 or newer (with venv and pip). A second call finds the environment ready.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+
+# PYTHON=/path/to/python chooses the interpreter; by default the first of these that is new enough.
+PYTHON_CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
+PYTHON_FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+# `make demo DEMO_ARGS=` keeps the status page up after the report; `make test TEST_ARGS=tests/unit` runs a part.
+DEMO_ARGS ?= --no-wait
+BENCH_ARGS ?=
+TEST_ARGS ?=
+SOAK_ROUNDS ?= 60
+UV ?= uv
+
+.PHONY: help demo test lint bench soak clean lock
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo-ready ## stream real files through the whole service on an embedded broker, and check the result
+	@echo "==> running the demo: embedded broker, sqlite and filesystem tiers in a temporary folder"
+	$(PY) -m consumer demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev-ready ## run the whole test suite, on every Kafka broker this machine can start
+	@echo "==> running the tests"
+	$(PY) -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.dev-ready ## ruff, mypy --strict and the import contracts
+	@echo "==> ruff"
+	$(PY) -m ruff check .
+	@echo "==> mypy --strict"
+	$(PY) -m mypy
+	@echo "==> import contracts"
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.demo-ready ## measure the service against a bare client loop on the same broker
+	@echo "==> measuring throughput"
+	$(PY) -m consumer bench $(BENCH_ARGS)
+
+soak: $(VENV)/.dev-ready ## kill and restart the service under load, SOAK_ROUNDS times
+	@echo "==> soaking: $(SOAK_ROUNDS) rounds of kill and restart under load"
+	TIERSTREAM_TEST_SOAK_ROUNDS=$(SOAK_ROUNDS) $(PY) -m pytest -s -m "broker and slow" tests/e2e $(TEST_ARGS)
+
+clean: ## remove the environment, caches and build products
+	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	find consumer tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Run by hand after a change of dependencies; needs uv. No index address may enter the files (a test checks).
+LOCK := env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 \
+	--generate-hashes --no-header --no-annotate
+lock: ## resolve the dependencies again into requirements*.lock (needs uv)
+	$(LOCK) --group build --extra demo --group lint --group test --output-file requirements-dev.lock
+	$(LOCK) --group build --extra demo --constraint requirements-dev.lock --output-file requirements-demo.lock
+	$(LOCK) --constraint requirements-dev.lock --output-file requirements.lock
+
+$(VENV)/.demo-ready: requirements-demo.lock pyproject.toml
+	@$(call build_environment,requirements-demo.lock)
+	@touch $@
+
+# The dev lock holds everything the demo lock does, in the same versions (a test checks).
+$(VENV)/.dev-ready: requirements-dev.lock pyproject.toml
+	@$(call build_environment,requirements-dev.lock)
+	@touch $@ $(VENV)/.demo-ready
+
+define build_environment
+set -e; \
+if ! $(PY) -c '$(PYTHON_FITS)' >/dev/null 2>&1; then \
+	chosen=; \
+	for candidate in $(PYTHON_CANDIDATES); do \
+		if $$candidate -c '$(PYTHON_FITS)' >/dev/null 2>&1; then chosen=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$chosen" ]; then \
+		echo "tierstream needs Python 3.11 or newer with venv and pip; none of these fits: $(PYTHON_CANDIDATES)" >&2; \
+		echo "hint: make PYTHON=/path/to/python3 ... ; on Debian and Ubuntu also: apt install python3-venv" >&2; \
+		exit 1; \
+	fi; \
+	echo "==> creating $(VENV) with $$chosen ($$($$chosen -c 'import platform; print(platform.python_version())'))"; \
+	$$chosen -m venv --clear $(VENV); \
+fi; \
+echo "==> installing the pinned packages of $(1) into $(VENV)"; \
+$(PIP) install --quiet --require-hashes --requirement $(1); \
+$(PIP) install --quiet --no-deps --no-build-isolation --no-index --editable .
+endef
