@@ -2,9 +2,10 @@
 
 1. No asyncio task outlives its test, and nothing the event loop could only *report* (an exception nobody retrieved, a
    callback that raised) goes unnoticed: both fail the test that caused them.
-2. Unit and property tests may not block the event loop from the service's own code (blockbuster, limited to `consumer`).
+2. Unit and property tests may not block the event loop from the service's own code (blockbuster, over `consumer`).
 3. Warnings are errors (pyproject.toml), ResourceWarning and un-awaited coroutines included.
-4. Hypothesis: reproducible in CI (derandomised), random at home, where a failure prints its blob. pytest-randomly prints its seed.
+4. Hypothesis: the same examples every time in CI, random ones at home, where a failure prints how to repeat it.
+   The order of tests is random; pytest-randomly prints its seed.
 """
 
 from __future__ import annotations
@@ -54,16 +55,14 @@ async def no_leaked_task_no_unseen_error() -> AsyncIterator[None]:
     loop.set_exception_handler(lambda _loop, context: unseen.append(context))
     yield
     for _ in range(LOOP_ROUNDS):
-        leaked = asyncio.all_tasks() - before - {asyncio.current_task()}
-        if not leaked:
-            break
         await asyncio.sleep(0)
-    else:
-        for left in leaked:
-            left.cancel()
-        await asyncio.gather(*leaked, return_exceptions=True)
-        pytest.fail("tasks outlived the test: " + ", ".join(repr(left) for left in leaked), pytrace=False)
+    leaked = asyncio.all_tasks() - before - {asyncio.current_task()}
+    for left in leaked:
+        left.cancel()
+    await asyncio.gather(*leaked, return_exceptions=True)
     loop.set_exception_handler(None)
+    if leaked:
+        pytest.fail("tasks outlived the test: " + ", ".join(map(repr, leaked)), pytrace=False)
     if unseen:
         pytest.fail("the event loop reported: " + "; ".join(map(repr, unseen)), pytrace=False)
 
