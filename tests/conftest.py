@@ -24,6 +24,8 @@ from hypothesis import HealthCheck, Verbosity, settings
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
+pytest_plugins = ["brokers"]
+
 settings.register_profile(
     "ci",
     derandomize=True,

@@ -1,0 +1,482 @@
+"""Kafka brokers for the tests: started when the first test asks, stopped at the end, on ports of their own.
+
+Two brokers, each started at most once a run:
+
+``noida-db``
+    An embedded development broker that comes with the test environment. Always there.
+``apache``
+    Apache Kafka itself: the broker named by ``TIERSTREAM_TEST_BOOTSTRAP``, else one from Maven where there are ``java``
+    and ``mvn`` (the jars are kept in ``.cache/kafka``), else one from Docker. Where none can be had its tests are
+    skipped and say why; with ``TIERSTREAM_REQUIRE_KAFKA=1`` they fail. ``TIERSTREAM_REQUIRE_DOCKER=1`` takes Docker
+    and nothing else.
+
+A test that takes the fixture ``broker`` runs on both. The head and the end of a run say which brokers there were.
+Every wait is bounded; every process is started here, in a session of its own, and only such are ever stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+ROOT = Path(__file__).parents[1]
+POM = Path(__file__).with_name("kafka") / "pom.xml"
+
+START_SECONDS = 60
+"""A broker that does not answer by then will not: Apache Kafka needs 4 s on two idle cores."""
+
+STOP_SECONDS = 10
+DOWNLOAD_SECONDS = 300
+IMAGE_SECONDS = 300
+ADMIN_SECONDS = 30
+
+TEST_SECONDS = 120
+"""A test with a broker is bounded by this unless it says otherwise; the start of the broker is not counted."""
+
+SINGLE_NODE = {
+    "process.roles": "broker,controller",
+    "node.id": "1",
+    "controller.listener.names": "CONTROLLER",
+    "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+    "offsets.topic.replication.factor": "1",
+    "offsets.topic.num.partitions": "4",
+    "transaction.state.log.replication.factor": "1",
+    "transaction.state.log.min.isr": "1",
+    "transaction.state.log.num.partitions": "4",
+    "share.coordinator.state.topic.replication.factor": "1",
+    "share.coordinator.state.topic.min.isr": "1",
+    "group.initial.rebalance.delay.ms": "0",
+    "auto.create.topics.enable": "false",
+    "message.max.bytes": "16777216",
+}
+"""What Apache Kafka needs to run alone, with limits raised so that a record can carry a long-term object."""
+
+_names = itertools.count(1)
+
+
+class BrokerUnavailableError(Exception):
+    """This machine cannot provide the broker; the text says what is missing."""
+
+
+@dataclass
+class Broker:
+    """A running broker. ``kind`` is ``noida-db`` or ``apache``; ``label`` says what it is and where it came from."""
+
+    kind: str
+    label: str
+    bootstrap: str
+    record_bytes_max: int
+    """Largest record it can be made to accept."""
+    log: Path | None = None
+    """What its process printed."""
+    _admin: AdminClient | None = field(default=None, repr=False)
+
+    @property
+    def admin(self) -> AdminClient:
+        """An administration client, shared."""
+        if self._admin is None:
+            self._admin = AdminClient({"bootstrap.servers": self.bootstrap, "socket.timeout.ms": ADMIN_SECONDS * 1000})
+        return self._admin
+
+    def create_topic(self, name: str, partitions: int = 1, **config: str | int) -> str:
+        """Create a topic under a name that no other test has, beginning with *name*; return it.
+
+        Settings are given with underscores: ``max_message_bytes=4096``.
+        """
+        unique = f"{name}-{os.getpid()}-{next(_names)}"
+        settings = {key.replace("_", "."): str(value) for key, value in config.items()}
+        topic = NewTopic(unique, num_partitions=partitions, replication_factor=1, config=settings)
+        self._settle(self.admin.create_topics([topic], operation_timeout=ADMIN_SECONDS))
+        wait_until(
+            lambda: len(self.admin.list_topics(unique, timeout=ADMIN_SECONDS).topics[unique].partitions) == partitions,
+            ADMIN_SECONDS,
+            f"topic {unique} to be known with {partitions} partitions",
+        )
+        return unique
+
+    def delete_topic(self, topic: str) -> None:
+        """Delete a topic; its records are gone at once for readers that look it up anew."""
+        self._settle(self.admin.delete_topics([topic], operation_timeout=ADMIN_SECONDS))
+
+    def unused_name(self, name: str) -> str:
+        """A topic or group name beginning with *name* that nothing else in this run has."""
+        return f"{name}-{os.getpid()}-{next(_names)}"
+
+    @staticmethod
+    def _settle(answers: Mapping[str, Future[Any]]) -> None:
+        for answer in answers.values():
+            answer.result(timeout=ADMIN_SECONDS + 5)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str, *, every: float = 0.05) -> None:
+    """Return once *condition* holds; fail the test, naming *what* was awaited, after *seconds*."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s for {what}")
+        time.sleep(every)
+
+
+def unused_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def dies_with_us() -> list[str]:
+    """A command prefix that lets a child end with the test run, also when that is killed, where the system has one."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+def tail(path: Path, lines: int = 30) -> str:
+    """The last lines of a log file."""
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def answers(bootstrap: str) -> bool:
+    """Whether a broker answers at *bootstrap*; gives it two seconds."""
+    host, _, port = bootstrap.rpartition(":")
+    try:
+        # Asking with a Kafka client before anything listens makes it wait for its reconnect backoff.
+        socket.create_connection((host, int(port)), timeout=2).close()
+        AdminClient({"bootstrap.servers": bootstrap, "log_level": 0}).list_topics(timeout=2)
+    except (OSError, KafkaException):
+        return False
+    return True
+
+
+@contextmanager
+def _running(command: list[str], bootstrap: str, log: Path, env: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Run a broker process from its first answer to the end of the block.
+
+    Raises:
+        BrokerUnavailableError: it ended, or did not answer in time; the text ends with its last words.
+    """
+    with log.open("ab") as sink:
+        process = subprocess.Popen(
+            [*dies_with_us(), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            env=env,
+            start_new_session=True,  # Ctrl-C ends the tests first, then they end the broker
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(bootstrap):
+            if process.poll() is not None:
+                raise BrokerUnavailableError(f"{command[0]} exited with {process.returncode}:\n{tail(log)}")
+            if time.monotonic() > deadline:
+                raise BrokerUnavailableError(f"{command[0]} did not answer within {START_SECONDS} s:\n{tail(log)}")
+            time.sleep(0.05)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(STOP_SECONDS)
+
+
+def noida_command() -> str:
+    """The embedded broker's own program: its Python wrapper would only stand between us and the process.
+
+    Raises:
+        BrokerUnavailableError: it is not installed.
+    """
+    try:
+        import noida_db
+    except ImportError as error:
+        raise BrokerUnavailableError("the package noida-db is not installed") from error
+    program = Path(noida_db.__file__).with_name("noida-db")
+    if not os.access(program, os.X_OK):
+        raise BrokerUnavailableError(f"{program.name} is not executable")
+    return str(program)
+
+
+@contextmanager
+def noida_broker(folder: Path, port: int | None = None) -> Iterator[Broker]:
+    """Run the embedded broker on *port* (default: a free one) with its data in *folder*."""
+    port = port or unused_port()
+    log = folder / "noida-db.log"
+    command = [
+        noida_command(),
+        "start",
+        "--only",
+        "kafka",
+        "--kafka-port",
+        str(port),
+        "--data-dir",
+        str(folder / "data"),
+    ]
+    with _running(command, f"127.0.0.1:{port}", log):
+        yield Broker("noida-db", "noida-db", f"127.0.0.1:{port}", record_bytes_max=1_000_000, log=log)
+
+
+def kafka_version() -> str:
+    """The version of Apache Kafka the tests are made for: what tests/kafka/pom.xml says."""
+    found = re.search(
+        r"<artifactId>kafka_[\d.]+</artifactId>\s*<version>([\d.]+)</version>", POM.read_text(encoding="utf-8")
+    )
+    assert found
+    return found[1]
+
+
+def kafka_jars() -> Path:
+    """The folder with the broker's jars; the first time Maven fills it.
+
+    Raises:
+        BrokerUnavailableError: the download failed or took too long.
+    """
+    jars = ROOT / ".cache" / "kafka" / hashlib.sha256(POM.read_bytes()).hexdigest()[:12]
+    if jars.is_dir():
+        return jars
+    jars.parent.mkdir(parents=True, exist_ok=True)
+    # Filled beside its place and renamed, so that an interrupted download never looks complete.
+    with tempfile.TemporaryDirectory(dir=jars.parent, prefix="download-") as fresh:
+        command = ["mvn", "-q", "-B", "-f", str(POM), "dependency:copy-dependencies", f"-DoutputDirectory={fresh}/jars"]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise BrokerUnavailableError(f"mvn did not fetch Kafka within {DOWNLOAD_SECONDS} s") from error
+        if done.returncode != 0:
+            raise BrokerUnavailableError(f"mvn could not fetch Kafka:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        try:
+            (Path(fresh) / "jars").rename(jars)
+        except OSError:
+            if not jars.is_dir():  # else another run was quicker, with the same jars
+                raise
+    return jars
+
+
+@contextmanager
+def maven_broker(folder: Path) -> Iterator[Broker]:
+    """Run Apache Kafka from Maven's jars, one node, with its data in *folder*."""
+    port, controller = unused_port(), unused_port()
+    classpath = f"{kafka_jars()}/*"
+    log = folder / "kafka.log"
+    config = folder / "server.properties"
+    listeners = {
+        "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
+        "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
+        "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+        "log.dirs": str(folder / "data"),
+    }
+    config.write_text("".join(f"{key}={value}\n" for key, value in (SINGLE_NODE | listeners).items()), encoding="utf-8")
+    # Short-lived JVMs on few cores: the quick compiler alone and the simplest collector start fastest.
+    java = ["java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
+    cluster = "dGllcnN0cmVhbS10ZXN0cw"  # 16 bytes in URL-safe base64, as Kafka wants its cluster ids
+    done = subprocess.run(
+        [*java, "-cp", classpath, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(config)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise BrokerUnavailableError(f"Kafka could not format its folder:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    with _running([*java, "-Xmx512m", "-cp", classpath, "kafka.Kafka", str(config)], f"127.0.0.1:{port}", log):
+        label = f"Apache Kafka {kafka_version()} (Maven)"
+        yield Broker("apache", label, f"127.0.0.1:{port}", record_bytes_max=16_000_000, log=log)
+
+
+@contextmanager
+def docker_broker() -> Iterator[Broker]:
+    """Run Apache Kafka as a container, one node."""
+    port = unused_port()
+    listeners = {
+        "listeners": "PLAINTEXT://:9092,CONTROLLER://:9093",
+        "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
+        "controller.quorum.voters": "1@localhost:9093",
+    }
+    environment = [
+        part
+        for key, value in (SINGLE_NODE | listeners).items()
+        for part in ("--env", f"KAFKA_{key.replace('.', '_').upper()}={value}")
+    ]
+    image = f"apache/kafka:{kafka_version()}"
+    command = ["docker", "run", "--rm", "--detach", "--publish", f"127.0.0.1:{port}:9092", *environment, image]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=IMAGE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BrokerUnavailableError(f"docker did not start {image} within {IMAGE_SECONDS} s") from error
+    if done.returncode != 0:
+        raise BrokerUnavailableError(f"docker could not start {image}:\n{done.stderr[-2000:]}")
+    container = done.stdout.strip()
+    try:
+        wait_until(lambda: answers(f"127.0.0.1:{port}"), START_SECONDS, f"{image} to answer", every=0.2)
+        label = f"Apache Kafka {kafka_version()} (Docker)"
+        yield Broker("apache", label, f"127.0.0.1:{port}", record_bytes_max=16_000_000)
+    finally:
+        subprocess.run(["docker", "rm", "--force", container], capture_output=True, timeout=IMAGE_SECONDS, check=False)
+
+
+@cache
+def docker_engine() -> bool:
+    """Whether a Docker engine answers; the command alone is not enough."""
+    if shutil.which("docker") is None:
+        return False
+    try:
+        asked = subprocess.run(["docker", "version"], capture_output=True, timeout=5, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0
+
+
+def apache_source() -> str:
+    """Where Apache Kafka would come from: ``given``, ``maven``, ``docker``; empty if from nowhere."""
+    if os.environ.get("TIERSTREAM_REQUIRE_DOCKER") == "1":
+        return "docker"
+    if os.environ.get("TIERSTREAM_TEST_BOOTSTRAP"):
+        return "given"
+    if shutil.which("java") and shutil.which("mvn"):
+        return "maven"
+    return "docker" if docker_engine() else ""
+
+
+@contextmanager
+def apache_broker(folder: Path) -> Iterator[Broker]:
+    """Provide Apache Kafka from wherever this machine has it.
+
+    Raises:
+        BrokerUnavailableError: from nowhere, or it did not start.
+    """
+    match apache_source():
+        case "given":
+            bootstrap = os.environ["TIERSTREAM_TEST_BOOTSTRAP"]
+            if not answers(bootstrap.partition(",")[0]):
+                raise BrokerUnavailableError(f"no broker answers at TIERSTREAM_TEST_BOOTSTRAP={bootstrap}")
+            yield Broker("apache", f"the broker at {bootstrap}", bootstrap, record_bytes_max=16_000_000)
+        case "maven":
+            with maven_broker(folder) as broker:
+                yield broker
+        case "docker":
+            with docker_broker() as broker:
+                yield broker
+        case _:
+            raise BrokerUnavailableError("Apache Kafka needs java and mvn, or Docker, or TIERSTREAM_TEST_BOOTSTRAP")
+
+
+# ---------------------------------------------------------------------------------------------------- pytest
+
+STARTED = pytest.StashKey[list[str]]()
+
+
+class _Brokers:
+    """The brokers of one test run: each started on first use, its failure to start remembered."""
+
+    def __init__(self, config: pytest.Config, folder: Path, stack: ExitStack) -> None:
+        self._config = config
+        self._folder = folder
+        self._stack = stack
+        self._known: dict[str, Broker | BrokerUnavailableError] = {}
+
+    def get(self, kind: str) -> Broker:
+        """The running broker of this kind. Skips, or where the broker is required fails, the asking test."""
+        if kind not in self._known:
+            self._known[kind] = self._start(kind)
+        known = self._known[kind]
+        if isinstance(known, Broker):
+            return known
+        required = kind == "noida-db" or "1" in {
+            os.environ.get("TIERSTREAM_REQUIRE_KAFKA"),
+            os.environ.get("TIERSTREAM_REQUIRE_DOCKER"),
+        }
+        if required:
+            pytest.fail(f"required broker {kind}: {known}", pytrace=False)
+        pytest.skip(f"no broker {kind}: {known}")
+
+    def _start(self, kind: str) -> Broker | BrokerUnavailableError:
+        folder = self._folder / kind
+        folder.mkdir()
+        began = time.monotonic()
+        try:
+            broker = self._stack.enter_context(noida_broker(folder) if kind == "noida-db" else apache_broker(folder))
+        except BrokerUnavailableError as error:
+            self._config.stash[STARTED].append(f"{kind}: not available: {str(error).partition(':')[0]}")
+            return error
+        self._config.stash[STARTED].append(f"{broker.label}, up in {time.monotonic() - began:.1f} s")
+        return broker
+
+
+@pytest.fixture(scope="session")
+def _brokers(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Brokers]:
+    with ExitStack() as stack:
+        yield _Brokers(pytestconfig, tmp_path_factory.mktemp("brokers"), stack)
+
+
+@pytest.fixture(params=["noida-db", pytest.param("apache", marks=pytest.mark.apache)])
+def broker(request: pytest.FixtureRequest, _brokers: _Brokers) -> Broker:
+    """Each broker in turn: the test runs once on each."""
+    return _brokers.get(request.param)
+
+
+@pytest.fixture
+def embedded(_brokers: _Brokers) -> Broker:
+    """The embedded broker alone, for tests whose subject is not the broker."""
+    return _brokers.get("noida-db")
+
+
+@pytest.fixture
+def apache(_brokers: _Brokers) -> Broker:
+    """Apache Kafka alone, for what the embedded broker cannot show."""
+    return _brokers.get("apache")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for the list of started brokers."""
+    config.stash[STARTED] = []
+
+
+def pytest_report_header() -> str:
+    """Say which brokers the run could use."""
+    return f"brokers: noida-db, apache from {apache_source() or 'nowhere (its tests are skipped)'}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test by the brokers it asks for, so that `-m "not broker"` means what it says."""
+    for item in items:
+        asked = set(getattr(item, "fixturenames", ()))
+        if asked & {"broker", "embedded", "apache"}:
+            item.add_marker(pytest.mark.broker)
+            # The first test to ask for a broker waits for its start, perhaps its download: bounded there, not here.
+            own = item.get_closest_marker("timeout")
+            item.add_marker(pytest.mark.timeout(own.args[0] if own else TEST_SECONDS, func_only=True), append=False)
+        if "apache" in asked:
+            item.add_marker(pytest.mark.apache)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say which brokers the run did use."""
+    for line in config.stash[STARTED]:
+        terminalreporter.write_line(f"broker used: {line}")
