@@ -1,0 +1,75 @@
+"""Fixtures of the end-to-end suite: stages, all put down after the test, their logs shown where it failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokers import Broker, tail
+from stages import RESPONSE_BYTES, SetStage, Stage, set_up
+
+
+@pytest.fixture
+def set_stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SetStage]:
+    """A maker of stages: ``set_stage(broker, partitions=4, output_partitions=4, SECTION={…})``."""
+    stages: list[Stage] = []
+
+    def make(broker: Broker, partitions: int = 2, output_partitions: int | None = None, **sections: Any) -> Stage:
+        folder = tmp_path / f"stage{len(stages)}"
+        folder.mkdir()
+        stage = set_up(broker, folder, partitions, output_partitions or partitions, **sections)
+        stages.append(stage)
+        return stage
+
+    yield make
+    for stage in stages:
+        stage.put_down()
+        _show_logs(request, stage)
+
+
+@pytest.fixture(scope="session")
+def _standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stage]]:
+    stages: dict[str, Stage] = {}
+    yield stages
+    for stage in stages.values():
+        stage.put_down()
+
+
+@pytest.fixture
+def stage(
+    broker: Broker,
+    _standing: dict[str, Stage],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Stage]:
+    """A running service with the suite's usual configuration, shared by all tests that only send and receive.
+
+    Two partitions; payload references allowed below ``stage.folder/"uploads"`` and used in large responses.
+    """
+    known = _standing.get(broker.kind)
+    if known is None or known.processes[-1].process.poll() is not None:
+        folder = tmp_path_factory.mktemp(f"standing-{broker.kind}")
+        (folder / "uploads").mkdir()
+        known = set_up(
+            broker,
+            folder,
+            2,
+            2,
+            limits={"response_bytes": RESPONSE_BYTES, "record_bytes": "800KB", "object_bytes": "8MiB"},
+            references={"allowed_prefixes": [(folder / "uploads").as_uri() + "/"], "in_responses": "always"},
+        )
+        _standing[broker.kind] = known
+        known.start(partitions=2)
+    yield known
+    _show_logs(request, known)
+    assert known.processes[-1].process.poll() is None, known.processes[-1].obituary()
+
+
+def _show_logs(request: pytest.FixtureRequest, stage: Stage) -> None:
+    """Print the end of each service log into the captured output, which pytest shows for a failing test."""
+    print(f"--- {request.node.name} on {stage.broker.label}")
+    for service in stage.processes:
+        print(f"--- {service.log.name}, exit {service.process.poll()}\n{tail(service.log, 25)}")
