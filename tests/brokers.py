@@ -89,6 +89,8 @@ class Broker:
     """Largest record it can be made to accept."""
     log: Path | None = None
     """What its process printed."""
+    pid: int | None = None
+    """Its process, where it is ours."""
     _admin: AdminClient | None = field(default=None, repr=False)
 
     @property
@@ -169,8 +171,8 @@ def answers(bootstrap: str) -> bool:
 
 
 @contextmanager
-def _running(command: list[str], bootstrap: str, log: Path, env: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Run a broker process from its first answer to the end of the block.
+def _running(command: list[str], bootstrap: str, log: Path) -> Iterator[int]:
+    """Run a broker process from its first answer to the end of the block; yield its process id.
 
     Raises:
         BrokerUnavailableError: it ended, or did not answer in time; the text ends with its last words.
@@ -181,7 +183,6 @@ def _running(command: list[str], bootstrap: str, log: Path, env: Mapping[str, st
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
-            env=env,
             start_new_session=True,  # Ctrl-C ends the tests first, then they end the broker
         )
     try:
@@ -192,9 +193,10 @@ def _running(command: list[str], bootstrap: str, log: Path, env: Mapping[str, st
             if time.monotonic() > deadline:
                 raise BrokerUnavailableError(f"{command[0]} did not answer within {START_SECONDS} s:\n{tail(log)}")
             time.sleep(0.05)
-        yield
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)  # a test may have frozen it
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -233,8 +235,8 @@ def noida_broker(folder: Path, port: int | None = None) -> Iterator[Broker]:
         "--data-dir",
         str(folder / "data"),
     ]
-    with _running(command, f"127.0.0.1:{port}", log):
-        yield Broker("noida-db", "noida-db", f"127.0.0.1:{port}", record_bytes_max=1_000_000, log=log)
+    with _running(command, f"127.0.0.1:{port}", log) as pid:
+        yield Broker("noida-db", "noida-db", f"127.0.0.1:{port}", record_bytes_max=1_000_000, log=log, pid=pid)
 
 
 def kafka_version() -> str:

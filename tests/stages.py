@@ -1,4 +1,4 @@
-"""A stage of the end-to-end suite: topics, a configuration that names them, a ledger, and the processes started on it."""
+"""A stage of the end-to-end suite: topics, a configuration that names them, a ledger, and the processes on it."""
 
 from __future__ import annotations
 
