@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 from confluent_kafka.cimpl import NewTopic
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,9 @@ class Broker:
     def admin(self) -> AdminClient:
         """An administration client, shared."""
         if self._admin is None:
-            self._admin = AdminClient({"bootstrap.servers": self.bootstrap, "socket.timeout.ms": ADMIN_SECONDS * 1000})
+            self._admin = AdminClient(
+                {"bootstrap.servers": self.bootstrap, "socket.timeout.ms": ADMIN_SECONDS * 1000, "log_level": 0}
+            )
         return self._admin
 
     def create_topic(self, name: str, partitions: int = 1, **config: str | int) -> str:
@@ -109,11 +111,17 @@ class Broker:
         settings = {key.replace("_", "."): str(value) for key, value in config.items()}
         topic = NewTopic(unique, num_partitions=partitions, replication_factor=1, config=settings)
         self._settle(self.admin.create_topics([topic], operation_timeout=ADMIN_SECONDS))
-        wait_until(
-            lambda: len(self.admin.list_topics(unique, timeout=ADMIN_SECONDS).topics[unique].partitions) == partitions,
-            ADMIN_SECONDS,
-            f"topic {unique} to be known with {partitions} partitions",
-        )
+        asked = {TopicPartition(unique, partition): OffsetSpec.latest() for partition in range(partitions)}
+
+        def led() -> bool:
+            # Known is not enough: for a moment after its creation a partition has no leader that answers.
+            try:
+                self._settle(self.admin.list_offsets(asked, request_timeout=ADMIN_SECONDS))
+            except KafkaException:
+                return False
+            return True
+
+        wait_until(led, ADMIN_SECONDS, f"the {partitions} partitions of {unique} to be led")
         return unique
 
     def delete_topic(self, topic: str) -> None:
@@ -125,7 +133,7 @@ class Broker:
         return f"{name}-{os.getpid()}-{next(_names)}"
 
     @staticmethod
-    def _settle(answers: Mapping[str, Future[Any]]) -> None:
+    def _settle(answers: Mapping[Any, Future[Any]]) -> None:
         for answer in answers.values():
             answer.result(timeout=ADMIN_SECONDS + 5)
 

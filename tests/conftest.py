@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 pytest_plugins = ["brokers"]
+pytest.register_assert_rewrite("ledger", "service_process", "stages", "wire")
 
 settings.register_profile(
     "ci",

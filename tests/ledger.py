@@ -138,12 +138,14 @@ class Reader:
                 "isolation.level": isolation,
                 "fetch.message.max.bytes": 20_000_000,
                 "fetch.wait.max.ms": 50,
-                "log_level": 3,
+                "log_level": 0,
             }
         )
         partitions = broker.admin.list_topics(topic, timeout=20).topics[topic].partitions
         self.partition_count = len(partitions)
-        self._consumer.assign([TopicPartition(topic, partition, 0) for partition in partitions])
+        self._partitions = [TopicPartition(topic, partition, 0) for partition in partitions]
+        self._consumer.assign(self._partitions)
+        self._consumer.pause(self._partitions)
 
     def poll(self, seconds: float = 0.1) -> list[Answer]:
         """Whatever arrives within *seconds*, at most 10,000 records.
@@ -152,7 +154,12 @@ class Reader:
             KafkaException: the topic cannot be read.
         """
         answers = []
-        for record in self._consumer.consume(10_000, timeout=seconds):
+        # Fetching only while asked: the embedded broker answers a fetch of nothing at once, so that a client left alone
+        # would ask again without end and take the processor from the service under test.
+        self._consumer.resume(self._partitions)
+        records = self._consumer.consume(10_000, timeout=seconds)
+        self._consumer.pause(self._partitions)
+        for record in records:
             partition, offset, error = record.partition() or 0, record.offset() or 0, record.error()
             if error is None:
                 self._reached[partition] = offset + 1
@@ -213,7 +220,7 @@ class Ledger:
                 "enable.idempotence": True,
                 "message.max.bytes": self.broker.record_bytes_max,
                 "linger.ms": 1,
-                "log_level": 3,
+                "log_level": 0,
             }
         )
         self._output = Reader(self.broker, self.output)

@@ -298,7 +298,7 @@ def test_gaps_from_transactions_are_crossed_and_aborted_records_are_not_answered
     """H9b, contract 2.2: committed and aborted transactions, markers between; index = offset, gaps and all."""
     stage = set_stage(broker, partitions=1)
     ledger = stage.ledger
-    settings = {"bootstrap.servers": broker.bootstrap, "transactional.id": stage.group, "log_level": 3}
+    settings = {"bootstrap.servers": broker.bootstrap, "transactional.id": stage.group, "log_level": 0}
     producer = Producer(settings)
     producer.init_transactions(30)
     committed_offsets: list[int] = []

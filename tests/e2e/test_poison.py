@@ -24,7 +24,7 @@ def with_union_index(index: int) -> bytes:
     value = good()
     body = value.index(b"poisoned/key") - 3  # before it: union index, branch of `key`, its length
     assert value[body] == 0
-    return value[:body] + bytes([(index << 1) ^ (index >> 63) & 0xFF]) + value[body + 1 :]
+    return value[:body] + bytes([index * 2 if index >= 0 else -index * 2 - 1]) + value[body + 1 :]
 
 
 POISON: dict[str, tuple[Callable[[], bytes | None], str]] = {
