@@ -100,6 +100,23 @@ class HighVolumeBackend(Protocol):
 
         Returns:
             False where another writer won; that is an outcome, not an error (HV-7).
+
+        Raises:
+            BackendUnavailable: also where the tombstone's target has been forbidden: the write has not happened, and
+                trying again under a new revision is right.
+        """
+        ...
+
+    async def forbid(self, object_id: ObjectId, revision: Revision) -> bool:
+        """Make sure that the row never comes to point at *revision*, now or by a swap still on its way.
+
+        The fence between clean-up and a swap whose outcome nobody knows: that of a process paused past its lease, or
+        of a request that timed out and may still arrive. Clean-up forbids a revision before it removes it, so there is
+        no tombstone that leads nowhere. Atomic with :meth:`compare_and_write` on the row; idempotent; kept as long as
+        a late swap is conceivable (a day), and through every other write of the row.
+
+        Returns:
+            False where the live tombstone points at *revision* already: nothing is forbidden, the swap has happened.
         """
         ...
 
@@ -130,6 +147,9 @@ class LongTermBackend(Protocol):
 
         Returns:
             Bytes written. An error raised by the payload's own iterator passes through unchanged and leaves nothing.
+
+        Cancellation: the revision may be there or not, but it does not appear after a later :meth:`delete` of it has
+        returned.
         """
         ...
 
