@@ -1,0 +1,223 @@
+"""Both tiers and the change log in the memory of one process: for tests, measurements, and data nobody will miss.
+
+A *verified* fake: it passes the contract suites of the real backends, so what is built over it holds over them. Rows
+and revisions lie in two dictionaries of their own, so one instance may serve as both tiers. No method suspends; each
+one is therefore atomic on the event loop. Everything kept is immutable, so nothing is copied on the way in or out.
+
+What has expired is absent at once; its memory comes back when the name is met again, and at the latest in a sweep
+after as many expiring writes as there are entries, which makes the sweep a constant cost per write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, overload
+
+from consumer.operations import Metadata, StoredObject
+from consumer.storage.backend import (
+    Change,
+    InlineObject,
+    Payload,
+    Revision,
+    TieredHead,
+    TieredRead,
+    TieredWrite,
+    Tombstone,
+)
+from consumer.storage.host import default_owner
+from consumer.storage.metadata import expired, now_utc
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from consumer.ids import ObjectId
+
+SWEEP_WRITES_MIN = 1024
+"""Fewest expiring writes between two sweeps; below it even a full sweep takes well under a millisecond."""
+
+
+class MemoryBackend:
+    """High-volume and long-term tier in memory.
+
+    What each method guarantees stands at :class:`~consumer.storage.backend.HighVolumeBackend` and
+    :class:`~consumer.storage.backend.LongTermBackend`.
+
+    Args:
+        clock: Tells the time by which rows expire.
+    """
+
+    def __init__(self, *, clock: Callable[[], datetime] = now_utc) -> None:
+        self._clock = clock
+        self._rows: dict[str, StoredObject | Tombstone] = {}
+        self._revisions: dict[str, StoredObject] = {}
+        self._expiring_writes = 0
+
+    # ------------------------------------------------------------------------------------------- high-volume tier
+
+    async def put_non_tombstone(self, object_id: ObjectId, metadata: Metadata, payload: bytes) -> Tombstone | None:
+        """Store the object inline, with its size filled in (HV-10), or return the live tombstone found (HV-1)."""
+        path = object_id.storage_path
+        row = self._rows.get(path)
+        if isinstance(row, Tombstone) and not expired(row.metadata, self._clock):
+            return row
+        if metadata.size != len(payload):
+            metadata = replace(metadata, size=len(payload))
+        self._keep(path, StoredObject(metadata, bytes(payload)))
+        return None
+
+    async def get_tiered(self, object_id: ObjectId) -> TieredRead:
+        """Read the row (HV-2)."""
+        return self._live_row(object_id.storage_path)
+
+    async def head_tiered(self, object_id: ObjectId) -> TieredHead:
+        """Read the row without its payload (HV-2)."""
+        row = self._live_row(object_id.storage_path)
+        return row.metadata if isinstance(row, StoredObject) else row
+
+    async def delete_non_tombstone(self, object_id: ObjectId) -> Tombstone | None:
+        """Delete the object, if any, or return the live tombstone found (HV-4)."""
+        row = self._live_row(object_id.storage_path)
+        if isinstance(row, Tombstone):
+            return row
+        self._rows.pop(object_id.storage_path, None)
+        return None
+
+    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+        """Write if the live tombstone is *current* (None: there is none), HV-5 … HV-9."""
+        path = object_id.storage_path
+        row = self._live_row(path)
+        found = row.target if isinstance(row, Tombstone) else None
+        if found != current:
+            return found == (write.target if isinstance(write, Tombstone) else None)
+        match write:
+            case Tombstone():
+                self._keep(path, write)
+            case InlineObject(metadata, payload):
+                self._keep(path, StoredObject(metadata, bytes(payload)))
+            case _:
+                self._rows.pop(path, None)
+        return True
+
+    # -------------------------------------------------------------------------------------------- long-term tier
+
+    async def put(self, revision: Revision, metadata: Metadata, payload: Payload) -> int:
+        """Store the payload under a name of its own; a failing iterator leaves nothing."""
+        if isinstance(payload, AsyncIterable):
+            payload = b"".join([chunk async for chunk in payload])
+        self._revisions[revision.name] = StoredObject(metadata, bytes(payload))
+        if metadata.time_expires is not None:
+            self._count_expiring()
+        return len(payload)
+
+    async def get(self, revision: Revision) -> StoredObject | None:
+        """Read metadata and payload."""
+        return self._live_revision(revision.name)
+
+    async def head(self, revision: Revision) -> Metadata | None:
+        """Read the metadata only."""
+        found = self._live_revision(revision.name)
+        return None if found is None else found.metadata
+
+    async def delete(self, revision: Revision) -> None:
+        """Remove the revision; removing an absent one is a success (GCS-6)."""
+        self._revisions.pop(revision.name, None)
+
+    # ------------------------------------------------------------------------------------------------ either tier
+
+    @overload
+    async def extend(self, object_id: ObjectId, seen: Metadata, extended: Metadata) -> bool: ...
+
+    @overload
+    async def extend(self, revision: Revision, extended: Metadata) -> None: ...
+
+    async def extend(self, *given: Any, **named: Any) -> bool | None:
+        """Record a later expiry: of a row, only if its metadata is still *seen*; of a revision, if it is there."""
+        if len(given) + len(named) == 3:
+            return self._extend_row(*given, **named)
+        self._extend_revision(*given, **named)
+        return None
+
+    async def join(self) -> None:
+        """Return at once: nothing runs in the background (HV-11)."""
+
+    async def close(self) -> None:
+        """Return at once: nothing is held that needs releasing."""
+
+    # ------------------------------------------------------------------------------------------------- the inside
+
+    def _live_row(self, path: str) -> TieredRead:
+        row = self._rows.get(path)
+        if row is not None and expired(row.metadata, self._clock):
+            del self._rows[path]
+            return None
+        return row
+
+    def _live_revision(self, name: str) -> StoredObject | None:
+        found = self._revisions.get(name)
+        if found is not None and expired(found.metadata, self._clock):
+            del self._revisions[name]
+            return None
+        return found
+
+    def _keep(self, path: str, row: StoredObject | Tombstone) -> None:
+        self._rows[path] = row
+        if row.metadata.time_expires is not None:
+            self._count_expiring()
+
+    def _extend_row(self, object_id: ObjectId, seen: Metadata, extended: Metadata) -> bool:
+        row = self._live_row(object_id.storage_path)
+        if row is None or row.metadata != seen:
+            return False
+        self._keep(object_id.storage_path, replace(row, metadata=extended))
+        return True
+
+    def _extend_revision(self, revision: Revision, extended: Metadata) -> None:
+        found = self._live_revision(revision.name)
+        if found is not None:
+            self._revisions[revision.name] = replace(found, metadata=extended)
+
+    def _count_expiring(self) -> None:
+        self._expiring_writes += 1
+        if self._expiring_writes < max(SWEEP_WRITES_MIN, len(self._rows) + len(self._revisions)):
+            return
+        self._expiring_writes = 0
+        for path in [path for path, row in self._rows.items() if expired(row.metadata, self._clock)]:
+            del self._rows[path]
+        for name in [name for name, found in self._revisions.items() if expired(found.metadata, self._clock)]:
+            del self._revisions[name]
+
+
+class MemoryChangeLog:
+    """A change log that dies with its process; what it held cannot be recovered, by design.
+
+    Args:
+        owner: Name of the owner; by default one that no other process has.
+    """
+
+    def __init__(self, owner: str | None = None) -> None:
+        self.owner = owner or default_owner()
+        self._changes: dict[UUID, Change] = {}
+
+    async def record(self, change: Change) -> None:
+        """Keep the entry."""
+        self._changes[change.change_id] = change
+
+    async def remove(self, change_id: UUID) -> None:
+        """Drop an entry; dropping an absent one is a success (LOG-3)."""
+        self._changes.pop(change_id, None)
+
+    async def recoverable(self) -> Sequence[Change]:
+        """Return nothing: every entry was recorded through this very instance."""
+        return ()
+
+    async def count(self) -> int:
+        """Entries now in the log."""
+        return len(self._changes)
+
+    async def join(self) -> None:
+        """Return at once: nothing runs in the background."""
+
+    async def close(self) -> None:
+        """Return at once: nothing is held that needs releasing."""
