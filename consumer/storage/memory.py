@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, overload
 
+from consumer.errors import BackendUnavailable
 from consumer.operations import Metadata, StoredObject
 from consumer.storage.backend import (
     Change,
@@ -27,7 +28,7 @@ from consumer.storage.backend import (
     Tombstone,
 )
 from consumer.storage.host import default_owner
-from consumer.storage.metadata import expired, now_utc
+from consumer.storage.metadata import FORBIDDEN_FOR, expired, now_utc
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -52,6 +53,7 @@ class MemoryBackend:
         self._clock = clock
         self._rows: dict[str, StoredObject | Tombstone] = {}
         self._revisions: dict[str, StoredObject] = {}
+        self._forbidden: dict[str, datetime] = {}
         self._expiring_writes = 0
 
     # ------------------------------------------------------------------------------------------- high-volume tier
@@ -93,11 +95,25 @@ class MemoryBackend:
             return found == (write.target if isinstance(write, Tombstone) else None)
         match write:
             case Tombstone():
+                if write.target.name in self._forbidden:
+                    raise BackendUnavailable("the revision was given up by a clean-up; write it again as a new one")
                 self._keep(path, write)
             case InlineObject(metadata, payload):
                 self._keep(path, StoredObject(metadata, bytes(payload)))
             case _:
                 self._rows.pop(path, None)
+        return True
+
+    async def forbid(self, object_id: ObjectId, revision: Revision) -> bool:
+        """Refuse *revision* as a tombstone's target from now on; False where the row already points at it."""
+        row = self._live_row(object_id.storage_path)
+        if isinstance(row, Tombstone) and row.target == revision:
+            return False
+        now = self._clock()
+        while self._forbidden and next(iter(self._forbidden.values())) <= now:
+            del self._forbidden[next(iter(self._forbidden))]
+        self._forbidden.pop(revision.name, None)  # so that the dictionary stays in the order of its deadlines
+        self._forbidden[revision.name] = now + FORBIDDEN_FOR
         return True
 
     # -------------------------------------------------------------------------------------------- long-term tier
