@@ -1,0 +1,309 @@
+"""Changes that touch both tiers: recorded before, cleaned up after, recovered when their process died.
+
+A *change* replaces what a row of the high-volume tier points to. Until it is settled, the long-term tier may hold a
+revision too many: the new one if the swap failed, the old one if it succeeded. The change log remembers which.
+
+**Record** (:meth:`Changes.record`, a context manager around the change)
+
+1. Make the entry durable.
+   * OK: the change may begin.
+   * Error: the error is raised, nothing may begin (LOG-1). The entry may exist all the same: step 3 removes it.
+2. The body moves the guard through its phases, without I/O (LOG-13): *recorded*, *written* just before the swap is
+   sent, *updated* or *lost* when its answer is known.
+3. On leaving, by success, error or cancellation, the clean-up is handed to a task owned by the log. Nothing is awaited.
+
+**Clean up** (a tracked task per change, :data:`ATTEMPTS_AT_ONCE` of them working at a time)
+
+1. Which revision is current? (LOG-8)
+   * *recorded*, *lost*: the old one; the swap was never sent, or was refused.
+   * *updated*: the new one.
+   * *written*, *recovered*: nobody here knows. The new revision is forbidden in the row, atomically. Refused: it is
+     what the row points to, so it is current. Done: no swap can bring it back, whoever is still about to send one; the
+     row is read, and what it points to, if anything, is current (LOG-10).
+2. Remove the old revision if it is not current, the new one if it is not current, then the entry.
+   * Error at any step: wait (100 ms, times 1.5, at most 30 s), begin again at 1 (LOG-9). Every step is idempotent.
+
+**Recover** (in the background from construction inside a running loop, else from the first use; LOG-5, LOG-6)
+
+1. Claim what dead owners, and this owner before its restart, have left. Error: as above.
+2. Clean up one entry after the other, as *recovered*. One that fails goes on by itself, as a task like those above.
+
+Recovery only removes; it never finishes an operation. It sees no entry recorded through this instance.
+
+**Join**: no clean-up is waited for longer than :data:`JOIN_SECONDS`, nor tried more than :data:`JOIN_ATTEMPTS` times
+more. What is left then stays in the log for the next start, and a warning says so (TIER-13, TIER-17).
+
+What remains possible: a process that stalls past its lease in the middle of an upload, resumes, uploads, and dies
+before its clean-up, leaves a revision that no entry names. No object is harmed; a scan of the long-term tier finds it.
+
+Multipart uploads do not exist here, and so neither does their phase *assembling*.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from consumer.errors import TierstreamError
+from consumer.log import get_logger
+from consumer.storage.backend import Change, ChangeLog, HighVolumeBackend, LongTermBackend, Revision, Tombstone
+
+if TYPE_CHECKING:
+    from consumer.metrics import Counts
+
+log = get_logger(__name__)
+
+ATTEMPTS_AT_ONCE = 16
+"""Clean-ups working at a time: as many deletions as a local disk or an HTTP client's connections take without crowding
+out the operations they follow."""
+
+PENDING_MAX = 4096
+"""Clean-ups kept by this process, waiting ones included. Above it an entry is left in the log for the next start:
+about 10 MiB of tasks, eight times the permits of a default process, so only a long-term tier that refuses deletions for
+long gets there, and memory stays bounded when it does."""
+
+JOIN_SECONDS = 10.0
+"""How long a join waits for clean-ups: below the 15 s that follow a drain before a supervisor kills (contract 11)."""
+
+JOIN_ATTEMPTS = 3
+"""Attempts of one clean-up during a join: two more than a passing fault needs."""
+
+CANCEL_SECONDS = 1.0
+"""How long a join waits for the clean-ups it has cancelled: a backend in a thread answers late, a loop turn is enough
+for all others."""
+
+STUBBORN = 5
+"""Failures after which a clean-up is worth a warning: about a second of trying."""
+
+
+def cleanup_delay(failed: int) -> float:
+    """Return the seconds to wait after failure number *failed* of a clean-up: 100 ms, times 1.5, at most 30 s (LOG-9).
+
+    Without jitter: clean-ups do not hold anybody up, and only :data:`ATTEMPTS_AT_ONCE` run at a time.
+    """
+    return float(min(0.1 * 1.5 ** min(failed - 1, 20), 30.0))
+
+
+class ChangePhase(enum.Enum):
+    """The last step a change is known to have passed; decides which revision is current (LOG-7, LOG-8)."""
+
+    RECOVERED = "recovered"
+    """Found in the log after a crash: how far it came is unknown."""
+    RECORDED = "recorded"
+    """The entry is durable, the swap has not been sent."""
+    WRITTEN = "written"
+    """The swap is sent or about to be; its outcome is unknown."""
+    LOST = "lost"
+    """The swap found another writer's tombstone: the change has not happened."""
+    UPDATED = "updated"
+    """The swap has happened."""
+
+
+class ChangeGuard:
+    """Holds one recorded change through its phases; made by :meth:`Changes.record`.
+
+    Cancellation: of the recording or of the body, hands the clean-up over as any other way out does.
+    """
+
+    __slots__ = ("_change", "_changes", "phase")
+
+    def __init__(self, changes: Changes, change: Change) -> None:
+        self.phase = ChangePhase.RECORDED
+        self._changes = changes
+        self._change = change
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._changes.log.record(self._change)
+        except BaseException:
+            self._changes.clean_up(self._change, self.phase)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._changes.clean_up(self._change, self.phase)
+
+    def written(self) -> None:
+        """The swap is about to be sent."""
+        self.phase = ChangePhase.WRITTEN
+
+    def settled(self, won: bool) -> None:  # noqa: FBT001 - the answer of the swap, passed on as it is
+        """The swap has answered *won*."""
+        self.phase = ChangePhase.UPDATED if won else ChangePhase.LOST
+
+
+class Changes:
+    """Owner of all changes of one process: records, cleans up, recovers, joins.
+
+    Args:
+        change_log: Where entries are durable.
+        high_volume: Rows that say what is current.
+        long_term: Where revisions are removed.
+        counts: Counts orphans removed; None counts nothing.
+        delay: Seconds to wait after the failure number n of a clean-up.
+        join_seconds: How long a join waits.
+    """
+
+    def __init__(
+        self,
+        change_log: ChangeLog,
+        high_volume: HighVolumeBackend,
+        long_term: LongTermBackend,
+        *,
+        counts: Counts | None = None,
+        delay: Callable[[int], float] = cleanup_delay,
+        join_seconds: float = JOIN_SECONDS,
+    ) -> None:
+        self.log = change_log
+        self.started = False
+        """Whether recovery has been started."""
+        self._high_volume = high_volume
+        self._long_term = long_term
+        self._counts = counts
+        self._delay = delay
+        self._join_seconds = join_seconds
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._working = asyncio.Semaphore(ATTEMPTS_AT_ONCE)
+        self._joining = asyncio.Event()
+
+    @property
+    def pending(self) -> int:
+        """Clean-ups not yet done, a running recovery counted as one."""
+        return len(self._tasks)
+
+    def start(self) -> None:
+        """Start recovery in the background, once; needs a running loop."""
+        if not self.started:
+            self.started = True
+            self._own(self.recover, "recovery of the change log")
+
+    def record(self, change: Change) -> ChangeGuard:
+        """Return the guard of *change*: ``async with changes.record(change) as guard``.
+
+        Raises (on entering): whatever the log raises; nothing may be started then.
+        """
+        return ChangeGuard(self, change)
+
+    def clean_up(self, change: Change, phase: ChangePhase, failed: int = 0) -> None:
+        """Hand over what *change* may have left behind, after *failed* attempts. Never waits, never raises.
+
+        The entry stays for the next start where this process keeps too many already, or its loop is gone (LOG-12).
+        """
+        if len(self._tasks) >= PENDING_MAX:
+            log.warning("too many clean-ups pending, entry left to the next start", change_id=str(change.change_id))
+        else:
+            self._own(lambda: self._settle(change, phase), "clean-up of a change", failed)
+
+    async def recover(self) -> int:
+        """Clean up now what dead owners have left, one entry at a time; return the number of entries met.
+
+        An entry that cannot be cleaned up goes on in the background, and does not hold up the next.
+
+        Raises: whatever the log raises on claiming.
+
+        Cancellation: entries not yet reached stay in the log.
+        """
+        entries = await self.log.recoverable()
+        for change in entries:
+            try:
+                await self._settle(change, ChangePhase.RECOVERED)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the entry is still there
+                self._report("clean-up of a change", 1, error)
+                self.clean_up(change, ChangePhase.RECOVERED, failed=1)
+        if entries:
+            log.info("change log recovered", entries=len(entries))
+        return len(entries)
+
+    async def join(self) -> None:
+        """Wait for recovery and all clean-ups, those that begin meanwhile included; may be called again.
+
+        Returns after at most ``join_seconds`` and :data:`CANCEL_SECONDS`; what is left stays in the log.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._join_seconds
+        self._joining.set()
+        try:
+            while self._tasks and (left := deadline - loop.time()) > 0:
+                await asyncio.wait(self._tasks, timeout=left)
+        finally:
+            self._joining.clear()
+        if self._tasks:
+            log.warning("clean-up not finished, entries left to the next start", entries=len(self._tasks))
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=CANCEL_SECONDS)
+
+    def _own(self, work: Callable[[], Coroutine[None, None, object]], name: str, failed: int = 0) -> None:
+        """Try *work* in a task of our own until it succeeds."""
+        trying = self._until_it_succeeds(work, name, failed)
+        try:
+            task = asyncio.get_running_loop().create_task(trying, name=name)
+        except RuntimeError:
+            trying.close()
+            log.error("no event loop to run in, left to the next start", what=name)  # noqa: TRY400 - the error says no more
+            return
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _until_it_succeeds(
+        self, work: Callable[[], Coroutine[None, None, object]], name: str, failed: int
+    ) -> None:
+        failed_in_join = 0
+        while True:
+            if failed:
+                if not self._joining.is_set():
+                    failed_in_join = 0
+                    await self._pause(self._delay(failed))
+                elif failed_in_join < JOIN_ATTEMPTS:
+                    await asyncio.sleep(self._delay(failed_in_join))
+                else:
+                    log.warning("given up, left to the next start", what=name, attempts=failed)
+                    return
+            try:
+                await work()
+            except Exception as error:  # noqa: BLE001 - whatever it was, the entry is still there: try again (LOG-9)
+                failed += 1
+                failed_in_join += 1
+                self._report(name, failed, error)
+            else:
+                return
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait *seconds*, or until a join begins."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._joining.wait()
+        except TimeoutError:
+            pass
+
+    def _report(self, name: str, failed: int, error: Exception) -> None:
+        level = logging.WARNING if failed == STUBBORN or not isinstance(error, TierstreamError) else logging.DEBUG
+        log.log(level, "failed, trying on", what=name, attempts=failed, error=f"{type(error).__name__}: {error}")
+
+    async def _settle(self, change: Change, phase: ChangePhase) -> None:
+        """Remove what *change* has left behind and is not current, then its entry; every step is idempotent."""
+        async with self._working:
+            current = await self._current(change, phase)
+            for revision in (change.old, change.new):
+                if revision is not None and revision != current:
+                    await self._long_term.delete(revision)
+                    if self._counts is not None and (revision is change.new or phase is ChangePhase.RECOVERED):
+                        self._counts.orphans_removed += 1
+            await self.log.remove(change.change_id)
+
+    async def _current(self, change: Change, phase: ChangePhase) -> Revision | None:
+        """Tell which revision the row points to, if any, now and for any swap of *change* still on its way (LOG-8)."""
+        if phase in {ChangePhase.RECORDED, ChangePhase.LOST}:
+            return change.old
+        if phase is ChangePhase.UPDATED:
+            return change.new
+        if change.new is not None and not await self._high_volume.forbid(change.object_id, change.new):
+            return change.new
+        row = await self._high_volume.head_tiered(change.object_id)
+        return row.target if isinstance(row, Tombstone) else None
