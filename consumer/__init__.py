@@ -1,0 +1,246 @@
+"""tierstream: Avro operations in, tiered storage, exactly one indexed response per record out.
+
+The flow, and who owns what
+===========================
+
+::
+
+    bytes              kafka.poller        records of the assigned partitions, with start offsets chosen explicitly
+      ▼ decode         codec (prescan)     record ─▶ operation, or poison ─▶ error item
+    operation
+      ▼ admit          executor, permits   a slot of the window reserved when the partition was assigned
+    in flight
+      ▼ apply          handler, storage    two tiers, compare-and-swap, change log
+    outcome
+      ▼ answer         responses, codec, kafka.publisher    indexed response, acknowledged by the broker
+      ▼ resolve        offsets             the watermark moves over what is finished
+    commit             commits, kafka.poller                the schedule decides when, the poller sends it
+
+* :mod:`consumer.app` owns everything and the order of stopping.
+* :mod:`consumer.kafka.poller` owns the Kafka consumer and the set of assignments.
+* :mod:`consumer.kafka.publisher` owns the Kafka producer; one lane for each output partition keeps the order.
+* An :class:`~consumer.assignment.Assignment` owns its reservation, its running operations and its offset tracker, from
+  *assigned* to *drained*.
+* :mod:`consumer.storage.change_log` owns the clean-up that outlives an operation; ``app`` joins it last.
+
+Modules import downwards only: pyproject.toml declares the layers, ``make lint`` holds them. Vendors stay at their edge:
+aiokafka in ``kafka/``, fastavro in ``codec`` and ``avro_schemas``, prometheus_client in ``metrics`` and ``admin``.
+
+Guarantees
+==========
+
+1. Exactly one response is published for each input record by each run over it, undecodable records included; its index
+   is the record's offset, the same after any replay.
+2. An offset is committed only after its response, and its dead letter where there is one, has been acknowledged by the
+   broker, and never past an unfinished record.
+3. At most *window* operations of a partition run at a time; the window is ``ceil(available permits x fraction)``,
+   reserved in one step before the first record is read, and returned whole after the last operation has finished.
+4. In ``key`` ordering operations on one object of one partition run in input order.
+5. A crash at any point loses nothing: storage effects are idempotent, and what was begun in both tiers stands in the
+   change log before it begins.
+
+Words
+=====
+
+record
+    One Kafka record as received.
+operation, response
+    A decoded request (insert, get, delete, head), and the answer to it, success or failure.
+index
+    0-based position of an operation in its input sequence: the record's offset.
+outcome
+    What running an operation gave: a response or an error, as a value.
+poison record
+    A record that never became an operation; answered with a failure and resolved.
+permit, limiter, reservation, window
+    The right to run one operation; what issues permits; permits taken at once; how many operations may be in flight.
+resolve, watermark, commit
+    Mark an offset finished; the lowest unfinished offset; sending watermarks to Kafka, nothing else.
+high watermark, lag
+    The broker's end of the log; high watermark minus watermark.
+tombstone, target, revision, orphan
+    A high-volume row that redirects to the long-term tier; what it points to; one immutable long-term write; a revision
+    nothing points to.
+change log, phase, recovery
+    The durable list of unfinished changes to both tiers; the last step a change is known to have passed; the pass at
+    start that removes what unfinished changes left behind.
+drain, join
+    Take nothing new and finish what is in flight; wait for owned background work.
+
+Non-obvious
+===========
+
+* ``getmany`` is never cancelled or wrapped in a time-out in normal running: the client would count as polling for ever
+  and never leave the group, however stuck (hazard H4).
+* After any exception from ``getmany`` every open partition is sought to its own cursor: the client has moved positions
+  over records it then dropped (H1).
+* Offsets have gaps. Only delivered offsets are tracked; waiting for ``offset + 1`` stalls at a transaction marker (H9b).
+* One batch is in flight for each output partition. Concurrent sends to one partition overtake each other when a batch
+  fills up, and ``key`` ordering promises responses in order.
+* A producer that has failed a batch is thrown away: its sequence numbers have a hole that is never repaired (H18).
+* The listener for assigned partitions returns at once: no heartbeat is sent while it runs (H12).
+* A revocation first tries to commit. Being refused is how a *lost* partition shows itself; nothing else tells (H16c).
+* Fetched records are charged to the byte budget only up to half of it: reads must find room though every buffer is
+  full, or the records that wait could keep the reads waiting that would drain them.
+* A compare-and-swap that "already is as wanted" answers true, so that a retry after a lost answer does not make its own
+  success look like a conflict, and then remove its own revision.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from consumer.errors import (
+        AtCapacity,
+        BackendError,
+        BackendUnavailable,
+        ConfigError,
+        DecodeError,
+        InvalidMetadata,
+        InvalidOperation,
+        OperationDropped,
+        OperationPanic,
+        OperationTimeout,
+        ReferenceFailure,
+        TierstreamError,
+        TooLarge,
+        UnexpectedTombstone,
+    )
+    from consumer.executor import StreamExecutor
+    from consumer.ids import ObjectContext, ObjectId, Scope
+    from consumer.operations import (
+        Delete,
+        Deleted,
+        Get,
+        Got,
+        Head,
+        Headed,
+        Insert,
+        Inserted,
+        Metadata,
+        Operation,
+        OpResponse,
+        PayloadReference,
+        StoredObject,
+        TimeToIdle,
+        TimeToLive,
+    )
+    from consumer.permits import ConcurrencyLimiter, Reservation, window_size
+    from consumer.service import StorageService
+    from consumer.storage.filesystem import FilesystemBackend
+    from consumer.storage.memory import MemoryBackend, MemoryChangeLog
+    from consumer.storage.sqlite import SqliteBackend
+    from consumer.storage.sqlite_change_log import SqliteChangeLog
+    from consumer.storage.tiered import TieredStorage
+
+_HOMES = {
+    "AtCapacity": "errors",
+    "BackendError": "errors",
+    "BackendUnavailable": "errors",
+    "ConcurrencyLimiter": "permits",
+    "ConfigError": "errors",
+    "DecodeError": "errors",
+    "Delete": "operations",
+    "Deleted": "operations",
+    "FilesystemBackend": "storage.filesystem",
+    "Get": "operations",
+    "Got": "operations",
+    "Head": "operations",
+    "Headed": "operations",
+    "Insert": "operations",
+    "Inserted": "operations",
+    "InvalidMetadata": "errors",
+    "InvalidOperation": "errors",
+    "MemoryBackend": "storage.memory",
+    "MemoryChangeLog": "storage.memory",
+    "Metadata": "operations",
+    "ObjectContext": "ids",
+    "ObjectId": "ids",
+    "OpResponse": "operations",
+    "Operation": "operations",
+    "OperationDropped": "errors",
+    "OperationPanic": "errors",
+    "OperationTimeout": "errors",
+    "PayloadReference": "operations",
+    "ReferenceFailure": "errors",
+    "Reservation": "permits",
+    "Scope": "ids",
+    "SqliteBackend": "storage.sqlite",
+    "SqliteChangeLog": "storage.sqlite_change_log",
+    "StorageService": "service",
+    "StoredObject": "operations",
+    "StreamExecutor": "executor",
+    "TierstreamError": "errors",
+    "TieredStorage": "storage.tiered",
+    "TimeToIdle": "operations",
+    "TimeToLive": "operations",
+    "TooLarge": "errors",
+    "UnexpectedTombstone": "errors",
+    "window_size": "permits",
+}
+"""Where each public name lives. Imported on first use: ``import consumer`` itself costs nothing."""
+
+__all__ = [
+    "AtCapacity",
+    "BackendError",
+    "BackendUnavailable",
+    "ConcurrencyLimiter",
+    "ConfigError",
+    "DecodeError",
+    "Delete",
+    "Deleted",
+    "FilesystemBackend",
+    "Get",
+    "Got",
+    "Head",
+    "Headed",
+    "Insert",
+    "Inserted",
+    "InvalidMetadata",
+    "InvalidOperation",
+    "MemoryBackend",
+    "MemoryChangeLog",
+    "Metadata",
+    "ObjectContext",
+    "ObjectId",
+    "OpResponse",
+    "Operation",
+    "OperationDropped",
+    "OperationPanic",
+    "OperationTimeout",
+    "PayloadReference",
+    "ReferenceFailure",
+    "Reservation",
+    "Scope",
+    "SqliteBackend",
+    "SqliteChangeLog",
+    "StorageService",
+    "StoredObject",
+    "StreamExecutor",
+    "TieredStorage",
+    "TierstreamError",
+    "TimeToIdle",
+    "TimeToLive",
+    "TooLarge",
+    "UnexpectedTombstone",
+    "window_size",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415 - reading the installed version costs milliseconds
+
+        return version("tierstream")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

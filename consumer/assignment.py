@@ -1,0 +1,693 @@
+"""One assigned partition, from its reservation to its drain: decode, execute, answer, resolve.
+
+An :class:`Assignment` owns the window, the buffered records, the running operations and the offset tracker of one
+partition in one epoch. The life of a record:
+
+1. ``receive``: the poller hands over fetched records. They are charged to the byte budget and wait in a buffer, apart
+   from the window, so that the client's own buffers are always empty (hazard H8).
+2. *Track and decode*: the executor pulls. Offsets are tracked in delivery order; a record that cannot be decoded goes
+   on as an error item, in its place.
+3. *Execute*: at most ``window`` operations at a time, under the reservation made before the first record was read.
+4. *Answer*: the outcome becomes one encoded response in the lane of its output partition; poison, panics and permanent
+   storage faults are written to the dead letter topic as well.
+5. *Resolve*: when the broker has acknowledged the response, and the dead letter where there is one, the offset is
+   finished. The poller commits the watermark.
+
+Outcomes that are not the ordinary one:
+
+* No permits: the partition waits (``at_capacity``), tries again with backoff and jitter, and reads nothing meanwhile.
+* A window that is idle while others wait is given up (:meth:`Assignment.give_up_window`); the partition then waits too.
+* A stuck record: reading stops ``DISTANCE_MAX`` offsets above it (``offset_distance``).
+* Drain: nothing more is taken from the buffer; what was started is finished, answered and acknowledged.
+* The drain deadline: the partition is abandoned. What still runs keeps its own permits and no others; its outcome goes
+  nowhere, since whoever owns the partition next runs the record again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal, Protocol, TypeAlias
+from uuid import UUID, uuid5
+
+from consumer.budget import ByteBudget
+from consumer.codec import Decoded, OperationDecoder, ResponseEncoder
+from consumer.errors import DEAD_LETTER_CODES, AtCapacity, OperationPanic, TierstreamError, TooLarge
+from consumer.executor import StreamExecutor
+from consumer.log import get_logger, key_digest
+from consumer.metrics import UNKNOWN_KIND, Counts, PartitionState
+from consumer.offsets import DISTANCE_MAX, OffsetTracker
+from consumer.operations import Insert, Operation, OpResponse
+from consumer.responses import Headers, dead_letter_headers, response_key_and_headers
+from consumer.service import StorageService
+
+Outcome: TypeAlias = OpResponse | Exception
+
+CHUNK_RECORDS = 256
+"""Records taken from the buffer at a time: tracking them together costs a tenth of tracking them one by one, and a
+drain leaves at most this many tracked but not started."""
+
+BUFFER_RECORDS_MAX = 8_000
+"""Fetching stops above this many buffered records; one fetch of small records brings about as many (8 MiB)."""
+
+BUFFER_RECORDS_RESUME = 2_000
+"""Fetching goes on below this: the distance to :data:`BUFFER_RECORDS_MAX` keeps pausing rare, since a pause drops what
+the client has prefetched (hazard H7)."""
+
+RECORD_OVERHEAD_BYTES = 400
+"""Charged for each record beside its bytes: the Python objects around it."""
+
+RESERVE_BACKOFF_SECONDS = 0.1
+RESERVE_BACKOFF_SECONDS_MAX = 2.0
+"""Waits between attempts to get a window double from the first to the second value, with full jitter. Short, because
+an idle partition hands its window on within seconds."""
+
+IDLE_SECONDS = 5.0
+"""A window with nothing in flight or buffered for this long is passed to a partition that waits for one (contract 4)."""
+
+KEY_NAMESPACE = UUID("5f1c7b1e-9b0a-5c8e-8f43-6d1f7c2d9a10")
+"""Namespace of the keys of keyless inserts: UUIDv5(namespace, ``CLUSTER/TOPIC/PARTITION/OFFSET/TIMESTAMP_MS``), so that
+a replay writes the same object. Published in README.md; never changes."""
+
+log = get_logger(__name__)
+
+
+class Record(Protocol):
+    """A Kafka record as fetched, untouched."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+class Lane(Protocol):
+    """All records for one output partition, in order; never waits."""
+
+    def append(self, key: bytes | None, value: bytes | None, headers: Headers, owner: Owner, token: int) -> None:
+        """Hand one record in; *owner* hears of it by *token*."""
+
+
+class Owner(Protocol):
+    """Who hears what became of an appended record."""
+
+    def acknowledged(self, tokens: Sequence[int]) -> None:
+        """The records with these tokens are written, in this order."""
+
+    def refused(self, token: int) -> None:
+        """The record with this token is too large for the broker; it was not written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What all assignments of the process share."""
+
+    service: StorageService
+    decoder: OperationDecoder
+    budget: ByteBudget
+    counts: Counts
+    response_lane: Callable[[int], Lane]
+    """The lane for the responses of an input partition."""
+    dead_letter_lane: Callable[[int], Lane] | None
+    """The lane for the dead letters of an input partition; None where there is no dead letter topic."""
+    cluster_id: str
+    group_id: str
+    ordering: Literal["key", "unordered", "partition"]
+    fraction: Fraction
+    copy_headers: frozenset[str]
+    response_bytes_max: int
+    dead_letter_bytes_max: int
+    """Largest value of a dead letter; a longer one is replaced by null."""
+    read_bytes: int
+    """What a read reserves of the byte budget before its size is known: ``storage.threshold``."""
+    derive_keys: bool
+    show_keys: bool
+    compacted: bool = False
+    """True where the output topic is compacted: a null key is replaced by the response id."""
+
+
+class _Entry:
+    """One record on its way through the assignment."""
+
+    __slots__ = ("code", "decoded", "pending", "reserved", "record", "size", "status")
+
+    def __init__(self, record: Record) -> None:
+        value, key = record.value, record.key
+        self.record = record
+        self.size = RECORD_OVERHEAD_BYTES + (len(value) if value else 0) + (len(key) if key else 0)
+        for name, content in record.headers:
+            self.size += len(name) + len(content or b"")
+        self.decoded: Decoded | None = None
+        self.reserved = 0
+        """Bytes reserved for a read that has not been answered."""
+        self.pending = 0
+        """Acknowledgements to come: 1 for the response, 1 more for a dead letter."""
+        self.status = 0
+        self.code: str | None = None
+        """The failure's code where the record is dead-lettered."""
+
+
+class Assignment:
+    """One partition in one epoch. Made with its window, started closed; opened once its start offset is known.
+
+    Args:
+        pipeline: What all assignments share.
+        topic: Input topic.
+        partition: Input partition.
+        epoch: Number of the assignment generation, for logs and state.
+        executor: The window reserved for it, or None where there were no permits.
+        refill: Called with this assignment when its buffer runs low, or its window came, and fetching may go on.
+        resolved: Called with the number of records that became finished.
+        failed: Called with the exception that ended this assignment: a defect; the process has to end.
+        wanted: Called when this assignment has to wait for permits, so that an idle window can be passed on.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        topic: str,
+        partition: int,
+        *,
+        epoch: int,
+        executor: StreamExecutor | None,
+        refill: Callable[[Assignment], None],
+        resolved: Callable[[int], None],
+        failed: Callable[[BaseException], None],
+        wanted: Callable[[], None],
+    ) -> None:
+        self.topic = topic
+        self.partition = partition
+        self.epoch = epoch
+        self.open = False
+        """True from :meth:`begin` until the drain: records are wanted."""
+        self.begun = False
+        """True from :meth:`begin` on: the watermark means something."""
+        self.fetching = False
+        """True while the poller fetches for this partition; written by the poller."""
+        self.committed: int | None = None
+        """Last offset committed, or found committed; written by the poller."""
+        self.committed_at: float | None = None
+        """When the last commit of this assignment succeeded, seconds since the epoch; written by the poller."""
+        self.high_watermark: int | None = None
+        """The broker's end of the log as last told; written by the poller."""
+        self.out_of_range = False
+        """True where the start offset is gone; written by the poller."""
+        self.cursor = 0
+        """The next offset expected from the poller."""
+        self.waiting_since: float | None = None
+        """Monotonic time since when there is no window, None while there is one."""
+        self._pipeline = pipeline
+        self._refill = refill
+        self._on_resolved = resolved
+        self._wanted = wanted
+        self._encoder = ResponseEncoder(topic, partition)
+        self._lane = pipeline.response_lane(partition)
+        self._dead_letters = _DeadLetters(self, pipeline) if pipeline.dead_letter_lane is not None else None
+        self._counts = pipeline.counts.partition(topic, partition)
+        self._tracker = OffsetTracker(0)
+        self._buffer: deque[_Entry] = deque()
+        self._entries: dict[int, _Entry] = {}
+        self._unacknowledged = 0
+        self._executor = executor
+        self._ending = False
+        self._giving_up = False
+        self._too_distant = False
+        self._idle_since = time.monotonic()
+        self._assigned_at = time.monotonic()
+        self._wake = asyncio.Event()
+        self._settled = asyncio.Event()
+        if executor is None:
+            self._starve()
+        else:
+            pipeline.counts.reserved(0.0)
+        self._task = asyncio.create_task(self._run(), name=f"assignment {topic}/{partition} epoch {epoch}")
+        self._task.add_done_callback(lambda task: _report(task, failed))
+
+    # ------------------------------------------------------------------------------------------ records come in
+
+    def begin(self, start: int) -> None:
+        """Open the gate: reading starts at *start*. Fetching begins as soon as there is a window."""
+        self._tracker = OffsetTracker(start)
+        self.cursor = start
+        self.open = self.begun = True
+        self._refill(self)
+
+    def jump(self, position: int) -> None:
+        """Go on at *position*, because what lay between is gone; unfinished work below it is finished as usual."""
+        self.cursor = position
+        if not self._tracker.unfinished:
+            self._tracker = OffsetTracker(position)
+
+    def receive(self, records: Sequence[Record]) -> None:
+        """Take fetched records, in offset order; those below :attr:`cursor` were taken before and are ignored."""
+        if not self.open:
+            return
+        cursor = self.cursor
+        if records[0].offset < cursor:
+            records = [record for record in records if record.offset >= cursor]
+            if not records:
+                return
+        entries = [_Entry(record) for record in records]
+        self._pipeline.budget.charge(sum([entry.size for entry in entries]))
+        self._buffer.extend(entries)
+        self.cursor = records[-1].offset + 1
+        self._wake.set()
+
+    def advance(self, position: int) -> None:
+        """The client's position has moved to *position* over offsets that hold no record."""
+        if self.open and not self._buffer and not self._tracker.unfinished:
+            self.cursor = max(self.cursor, position)
+            self._tracker.advance(position)
+
+    @property
+    def wants_records(self) -> bool:
+        """True where fetching, once stopped, should go on."""
+        return self.open and self._executor is not None and not self._giving_up and (
+            len(self._buffer) <= BUFFER_RECORDS_RESUME
+        )
+
+    @property
+    def full(self) -> bool:
+        """True where fetching should stop."""
+        return len(self._buffer) >= BUFFER_RECORDS_MAX
+
+    @property
+    def watermark(self) -> int:
+        """The offset that may be committed: everything below it is finished."""
+        return self._tracker.watermark
+
+    @property
+    def idle(self) -> bool:
+        """True where nothing was in flight or buffered for :data:`IDLE_SECONDS`."""
+        if self._buffer or self._entries or self._executor is None:
+            return False
+        return time.monotonic() - self._idle_since >= IDLE_SECONDS
+
+    def give_up_window(self) -> None:
+        """Return the window as soon as nothing runs in it; the partition then waits for permits like others."""
+        self._giving_up = True
+        self._wake.set()
+
+    # ------------------------------------------------------------------------------------------ the flow
+
+    async def _run(self) -> None:
+        """One execution after another, each under its own reservation; usually a single one."""
+        while not self._ending:
+            executor = self._executor or await self._reserve()
+            if executor is None:
+                break
+            outcomes = executor.execute(self._inputs())
+            try:
+                async for offset, outcome in outcomes:
+                    self._answer(offset, outcome)
+            finally:
+                await outcomes.aclose()
+            self._executor = None
+            if self._giving_up and not self._ending:
+                self._giving_up = False
+                self.waiting_since = time.monotonic()
+                log.info("idle window passed on", topic=self.topic, partition=self.partition, epoch=self.epoch)
+        if self._executor is not None:
+            await self._executor.aclose()
+            self._executor = None
+
+    def _starve(self) -> None:
+        """No window: count it, say it, and ask whether somebody has one to spare."""
+        self.waiting_since = time.monotonic()
+        self._pipeline.counts.reservations["at_capacity"] += 1
+        log.warning("no permits for this partition", topic=self.topic, partition=self.partition, epoch=self.epoch)
+        self._wanted()
+
+    async def _reserve(self) -> StreamExecutor | None:
+        """Wait for permits with backoff and jitter; None where the assignment ends first."""
+        longest = RESERVE_BACKOFF_SECONDS
+        while not self._ending:
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(random.uniform(0, longest)):  # noqa: S311 - jitter, not a secret
+                    await self._wake.wait()
+            longest = min(longest * 2, RESERVE_BACKOFF_SECONDS_MAX)
+            try:
+                self._executor = self._pipeline.service.stream(
+                    fraction=self._pipeline.fraction, ordering=self._pipeline.ordering
+                )
+            except AtCapacity:
+                self._pipeline.counts.reservations["at_capacity"] += 1
+                self._wanted()
+                continue
+            waited = time.monotonic() - (self.waiting_since or self._assigned_at)
+            self._pipeline.counts.reserved(waited)
+            self.waiting_since = None
+            self._idle_since = time.monotonic()
+            log.info("window reserved", topic=self.topic, partition=self.partition, window=self._executor.window)
+            self._refill(self)
+            return self._executor
+        return None
+
+    async def _inputs(self) -> AsyncGenerator[tuple[int, Operation | Exception], None]:
+        """Give the executor one record after another, as an operation or as the error it became."""
+        pipeline = self._pipeline
+        decode, budget, counts = pipeline.decoder.decode, pipeline.budget, self._counts
+        buffer, entries = self._buffer, self._entries
+        while not self._ending and not (self._giving_up and not buffer):
+            chunk = self._next_chunk()
+            if not chunk:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            if not self.fetching and len(buffer) <= BUFFER_RECORDS_RESUME:
+                self._refill(self)
+            for entry in chunk:
+                record = entry.record
+                offset = record.offset
+                if self._ending:
+                    break
+                decoded = entry.decoded = decode(record.value, record.headers)
+                operation = decoded.operation
+                entries[offset] = entry
+                if operation is None:
+                    assert decoded.error is not None
+                    counts.poison += 1
+                    pipeline.counts.poison[decoded.error.code] += 1
+                    yield offset, decoded.error
+                    continue
+                counts.operations += 1
+                if operation.kind == "get":
+                    await budget.reserve_read(pipeline.read_bytes)
+                    entry.reserved = pipeline.read_bytes
+                elif operation.kind == "insert" and operation.key is None and pipeline.derive_keys:
+                    operation = self._with_key(operation, record)
+                yield offset, operation
+
+    def _next_chunk(self) -> list[_Entry]:
+        """Take records from the buffer and track them; none where there are none, or the distance does not allow it."""
+        buffer, tracker = self._buffer, self._tracker
+        if not buffer:
+            return []
+        if not tracker.unfinished:
+            tracker.advance(buffer[0].record.offset)
+        ceiling = tracker.watermark + DISTANCE_MAX
+        chunk: list[_Entry] = []
+        while buffer and len(chunk) < CHUNK_RECORDS and buffer[0].record.offset < ceiling:
+            chunk.append(buffer.popleft())
+        self._too_distant = not chunk
+        tracker.track([entry.record.offset for entry in chunk])
+        return chunk
+
+    def _with_key(self, operation: Insert, record: Record) -> Insert:
+        """Give a keyless insert the key that every replay of this record gives it."""
+        name = f"{self._pipeline.cluster_id}/{self.topic}/{self.partition}/{record.offset}/{record.timestamp}"
+        return replace(operation, key=str(uuid5(KEY_NAMESPACE, name)))
+
+    # ------------------------------------------------------------------------------------------ the answer goes out
+
+    def _answer(self, offset: int, outcome: Outcome) -> None:
+        """Turn an outcome into its response, and into a dead letter where it is one."""
+        pipeline = self._pipeline
+        entry = self._entries[offset]
+        decoded = entry.decoded
+        assert decoded is not None
+        status, value = self._encoder.encode(offset, decoded, outcome, time.time_ns() // 1000)
+        if len(value) > pipeline.response_bytes_max:
+            outcome = TooLarge("the response does not fit the output record", code="response_too_large")
+            status, value = self._encoder.encode(offset, decoded, outcome, time.time_ns() // 1000)
+        if entry.reserved:
+            pipeline.budget.release_read(entry.reserved)
+            entry.reserved = 0
+            pipeline.budget.charge(len(value))
+            entry.size += len(value)
+        entry.pending = 1
+        self._unacknowledged += 1
+        if isinstance(outcome, Exception):
+            self._letter(offset, entry, outcome)
+        self._respond(offset, entry, status, value)
+
+    def _respond(self, offset: int, entry: _Entry, status: int, value: bytes) -> None:
+        record, decoded = entry.record, entry.decoded
+        assert decoded is not None
+        entry.status = status
+        key, headers = response_key_and_headers(
+            self.topic,
+            self.partition,
+            offset,
+            status,
+            decoded.kind,
+            record.key,
+            record.headers,
+            self._pipeline.copy_headers,
+            compacted=self._pipeline.compacted,
+        )
+        self._lane.append(key, value, headers, self, offset)
+
+    def _letter(self, offset: int, entry: _Entry, error: Exception) -> None:
+        """Hand in the dead letter first: both have to be acknowledged before the offset is finished."""
+        decoded = entry.decoded
+        assert decoded is not None
+        failure = error if isinstance(error, TierstreamError) else OperationPanic.from_exception(error)
+        if self._dead_letters is not None and (decoded.poison or failure.code in DEAD_LETTER_CODES):
+            entry.pending = 2
+            entry.code = failure.code
+            self._dead_letters.append(offset, entry.record, failure, decoded.schema_id)
+
+    def acknowledged(self, tokens: Sequence[int]) -> None:
+        """Responses are written: resolve their offsets, unless a dead letter is still on its way."""
+        entries, counts = self._entries, self._pipeline.counts
+        responses, observe = counts.responses, counts.response_latency.observe
+        now = time.time()
+        finished: list[int] = []
+        released = 0
+        for offset in tokens:
+            entry = entries[offset]
+            decoded = entry.decoded
+            responses[(decoded and decoded.kind) or UNKNOWN_KIND, entry.status] += 1
+            latency = now - entry.record.timestamp / 1000
+            observe(latency if latency > 0 else 0.0)
+            entry.pending -= 1
+            if not entry.pending:
+                del entries[offset]
+                finished.append(offset)
+                released += entry.size
+        self._finish(finished, released)
+
+    def dead_letter_acknowledged(self, tokens: Sequence[int]) -> None:
+        """Dead letters are written: resolve the offsets whose response is too."""
+        entries, dead_letters = self._entries, self._pipeline.counts.dead_letters
+        finished: list[int] = []
+        released = 0
+        for offset in tokens:
+            entry = entries[offset]
+            dead_letters[entry.code or UNKNOWN_KIND] += 1
+            entry.pending -= 1
+            if not entry.pending:
+                del entries[offset]
+                finished.append(offset)
+                released += entry.size
+        self._finish(finished, released)
+
+    def refused(self, token: int) -> None:
+        """The broker takes no record of this size: answer with a failure that says so, which is small.
+
+        Raises:
+            RuntimeError: the small answer was refused too; the output topic takes no responses at all.
+        """
+        entry = self._entries[token]
+        decoded = entry.decoded
+        assert decoded is not None
+        if entry.status == _RESPONSE_TOO_LARGE.status:
+            raise RuntimeError(f"the output topic refuses a failure response of partition {self.topic}/{self.partition}")
+        status, value = self._encoder.encode(token, decoded, _RESPONSE_TOO_LARGE, time.time_ns() // 1000)
+        self._respond(token, entry, status, value)
+
+    def _finish(self, offsets: Sequence[int], released: int) -> None:
+        if not offsets:
+            return
+        self._tracker.resolve(offsets)
+        self._unacknowledged -= len(offsets)
+        self._pipeline.budget.release(released)
+        self._idle_since = time.monotonic()
+        if self._too_distant:
+            self._wake.set()
+        if not self._unacknowledged:
+            self._settled.set()
+        self._on_resolved(len(offsets))
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def close_gate(self) -> None:
+        """Take nothing more from the buffer; what was started goes on."""
+        self.open = False
+        self._ending = True
+        self._wake.set()
+
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Close the gate and wait until everything started is finished and acknowledged.
+
+        Returns:
+            True where it is; False where the deadline came first: then call :meth:`abandon`.
+
+        Cancellation: the drain goes on, unwatched.
+        """
+        self.close_gate()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await asyncio.wait([self._task])
+                while self._unacknowledged:
+                    self._settled.clear()
+                    await self._settled.wait()
+        except TimeoutError:
+            return False
+        self._forget_buffer()
+        return True
+
+    async def abandon(self) -> StreamExecutor | None:
+        """Let go of what still runs: it keeps its own permits only, and its outcomes go nowhere.
+
+        Returns:
+            The executor whose operations still run, None where none does.
+        """
+        self.close_gate()
+        executor = self._executor
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self._forget_buffer()
+        if executor is None:
+            return None
+        await executor.aclose()
+        executor.shrink_to_running()
+        return executor if executor.in_flight else None
+
+    def _forget_buffer(self) -> None:
+        """Give back what unanswered records charge; the ones answered give it back when they are acknowledged."""
+        budget = self._pipeline.budget
+        released = sum([entry.size for entry in self._buffer])
+        self._buffer.clear()
+        for offset in [offset for offset, entry in self._entries.items() if not entry.pending]:
+            entry = self._entries.pop(offset)
+            released += entry.size
+            if entry.reserved:
+                budget.release_read(entry.reserved)
+        budget.release(released)
+
+    # ------------------------------------------------------------------------------------------ what can be seen
+
+    def paused_for(self) -> list[str]:
+        """Reasons of this partition itself for reading nothing now."""
+        reasons = []
+        if self.waiting_since is not None:
+            reasons.append("at_capacity")
+        if self._too_distant and self._buffer:
+            reasons.append("offset_distance")
+        if self.out_of_range:
+            reasons.append("out_of_range")
+        return reasons
+
+    @property
+    def lag(self) -> int | None:
+        """High watermark minus watermark; None where one of them is unknown."""
+        if self.high_watermark is None or not self.begun:
+            return None
+        return max(0, self.high_watermark - self._tracker.watermark)
+
+    def snapshot(self, shared_reasons: Iterable[str]) -> PartitionState:
+        """Describe this partition for ``/debug/state``."""
+        executor, tracker = self._executor, self._tracker
+        known = self.begun
+        return {
+            "topic": self.topic,
+            "partition": self.partition,
+            "epoch": self.epoch,
+            "window": executor.window if executor is not None else None,
+            "in_flight": executor.in_flight if executor is not None else 0,
+            "buffered": len(self._buffer),
+            "position": tracker.position if known else None,
+            "committed": self.committed,
+            "lowest_unfinished": tracker.watermark if known else None,
+            "finished_above_gap": tracker.finished_above_gap if known else None,
+            "high_watermark": self.high_watermark,
+            "lag": self.lag,
+            "paused_for": [*self.paused_for(), *shared_reasons],
+            "oldest": self._oldest(),
+            "last_commit_timestamp": self.committed_at,
+            "offset_map_bytes": None,
+        }
+
+    def _oldest(self) -> Any:
+        executor = self._executor
+        oldest = executor.oldest() if executor is not None else None
+        if oldest is None:
+            return None
+        key = oldest.key
+        return {
+            "offset": oldest.index,
+            "kind": oldest.kind,
+            "key_digest": key if key is None or self._pipeline.show_keys else key_digest(key),
+            "attempts": oldest.attempts,
+            "age_seconds": round(oldest.age_seconds, 3),
+            "last_error": oldest.last_error,
+        }
+
+
+_RESPONSE_TOO_LARGE = TooLarge("the output topic takes no record of this size", code="response_too_large")
+
+
+class _DeadLetters:
+    """The dead letters of one assignment, on their own lane."""
+
+    def __init__(self, assignment: Assignment, pipeline: Pipeline) -> None:
+        assert pipeline.dead_letter_lane is not None
+        self._assignment = assignment
+        self._group_id = pipeline.group_id
+        self._bytes_max = pipeline.dead_letter_bytes_max
+        self._lane = pipeline.dead_letter_lane(assignment.partition)
+        self._sent: dict[int, tuple[bytes | None, Headers]] = {}
+
+    def append(self, offset: int, record: Record, failure: TierstreamError, schema_id: str | None) -> None:
+        """Hand in the dead letter of one record; a value over the limit is left out."""
+        value = record.value
+        truncated = value is not None and len(value) > self._bytes_max
+        headers = dead_letter_headers(
+            record.headers,
+            topic=self._assignment.topic,
+            partition=self._assignment.partition,
+            offset=offset,
+            timestamp_ms=record.timestamp,
+            group_id=self._group_id,
+            code=failure.code,
+            message=str(failure),
+            schema_id=schema_id,
+            truncated=truncated,
+        )
+        self._lane.append(record.key, None if truncated else value, headers, self, offset)
+        if not truncated:
+            self._sent[offset] = (record.key, headers)
+
+    def acknowledged(self, tokens: Sequence[int]) -> None:
+        """Dead letters are written."""
+        for token in tokens:
+            self._sent.pop(token, None)
+        self._assignment.dead_letter_acknowledged(tokens)
+
+    def refused(self, token: int) -> None:
+        """The broker takes no record of this size: send it again without its value.
+
+        Raises:
+            RuntimeError: that was refused too; the topic takes no dead letters at all.
+        """
+        sent = self._sent.pop(token, None)
+        if sent is None:
+            raise RuntimeError("the dead letter topic refuses a dead letter without a value")
+        key, headers = sent
+        self._lane.append(key, None, [*headers, ("tierstream-dlq-truncated", b"true")], self, token)
+
+
+def _report(task: asyncio.Task[None], failed: Callable[[BaseException], None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        failed(error)
+

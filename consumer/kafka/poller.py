@@ -1,0 +1,672 @@
+"""The only reader of aiokafka's consumer: poll, pause and resume, rebalance, commit.
+
+Tasks, each with one job, so that none can hold up another:
+
+* *poll* asks for records of the partitions that want some and hands them to their assignments. It is never cancelled
+  while the consumer lives on (hazard H4) and is not a clock (H5).
+* *prepare*, one for each generation: start offsets, windows in sorted order, gates. Spawned by the rebalance callback,
+  which itself returns at once, since no heartbeat is sent while it runs (H12).
+* *commit* sends the watermarks when the schedule says so, one commit at a time, each with a deadline (H10, H17).
+
+A rebalance, told by aiokafka's listener:
+
+1. Revoked: gates close; the watermarks are committed, which also tells whether the partitions are still ours (a commit
+   refused for our membership means *lost*: nothing is drained, H16b, H16c); what was started is finished within the
+   drain deadline; the watermarks are committed again; the epoch ends. Reservations go back as their last operation ends.
+2. Assigned: fetching is paused, the new epoch's preparation is spawned.
+3. Prepared: committed offsets are read, a start is chosen where there is none and committed at once, windows are
+   reserved, each partition is sought to its start and its gate opened. A partition whose older run is not over in this
+   process waits for it (``recovering``), so no record runs twice at the same time here.
+
+Any exception out of ``getmany`` means that positions are no longer what was handed out (H1): every open partition is
+sought to its own cursor again. The client's background tasks can die while polling goes on finding nothing (H3, H17c);
+poll looks at them each time round and ends the process with *fatal*, as a restart is right then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Literal, TypeAlias
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaError,
+    OffsetOutOfRangeError,
+    RebalanceInProgressError,
+)
+from aiokafka.structs import OffsetAndMetadata
+
+from consumer.assignment import Assignment, Pipeline
+from consumer.commits import CommitPolicy, CommitSchedule
+from consumer.errors import AtCapacity
+from consumer.executor import StreamExecutor
+from consumer.log import get_logger
+from consumer.metrics import CommitOutcome, PartitionState, RebalanceOutcome
+from consumer.permits import WindowExhausted, WindowPolicy, plan_windows
+
+Start: TypeAlias = Literal["earliest", "latest"]
+OutOfRange: TypeAlias = Literal["pause", "earliest", "latest"]
+
+POLL_MILLISECONDS = 200
+"""Longest wait of one poll: how late a newly opened partition is asked for."""
+
+POLL_RECORDS_MAX = 4_000
+"""Records of one poll: parsing them blocks the loop for about 8 ms."""
+
+COMMIT_TIMEOUT_SECONDS = 5.0
+"""One commit, after which its outcome is unknown and the next one starts from the then current watermark. Twice this
+and the drain deadline have to fit the rebalance time-out."""
+
+ADMIN_TIMEOUT_SECONDS = 10.0
+"""One question about committed offsets or log ends, before it is asked again."""
+
+RETRY_BACKOFF_SECONDS = (0.25, 0.5, 1.0, 2.0, 5.0)
+"""Waits after failures of the broker; the last one repeats."""
+
+STARVED_SECONDS = 60.0
+"""A partition with lag and no window for this long makes the service not ready (contract 8)."""
+
+_NOWHERE = TopicPartition("-", 0)
+"""Polled when no partition wants records: keeps the member alive (H16b) without draining any partition's buffer."""
+
+log = get_logger(__name__)
+
+
+class ClientDead(Exception):  # noqa: N818 - named after what happened
+    """A background task of the Kafka client has ended: it will never deliver anything again."""
+
+
+class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base class is untyped
+    """Owns the consumer and the set of assignments.
+
+    Args:
+        pipeline: What all assignments share.
+        topics: Input topics.
+        group_id: The consumer group.
+        make_consumer: Makes an unstarted consumer without subscription, in the group.
+        make_admin: Makes an unstarted administration client.
+        drain_timeout_seconds: Deadline of a drain on revocation.
+        commit_policy: When to commit.
+        start: Where to begin in a topic of which the group has committed nothing.
+        out_of_range: What to do where a start offset no longer exists.
+        window_policy: ``window.policy``.
+        window_exhausted: ``window.exhausted``.
+        output_stuck: Tells whether responses are not being acknowledged.
+        storage_blocked: Tells whether storage counts as unavailable.
+        fatal: Called once with the exception that makes a restart right.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        topics: Iterable[str],
+        group_id: str,
+        make_consumer: Callable[[], AIOKafkaConsumer],
+        make_admin: Callable[[], AIOKafkaAdminClient],
+        drain_timeout_seconds: float,
+        commit_policy: CommitPolicy,
+        start: Start,
+        out_of_range: OutOfRange,
+        window_policy: WindowPolicy,
+        window_exhausted: WindowExhausted,
+        output_stuck: Callable[[], bool],
+        storage_blocked: Callable[[], bool],
+        fatal: Callable[[BaseException], None],
+    ) -> None:
+        self.rebalancing = True
+        """True until the first assignment, and from each revocation to the next assignment."""
+        self._pipeline = pipeline
+        self._topics = sorted(topics)
+        self._group_id = group_id
+        self._make_consumer = make_consumer
+        self._make_admin = make_admin
+        self._drain_timeout = drain_timeout_seconds
+        self._start_at = start
+        self._out_of_range = out_of_range
+        self._window_policy: WindowPolicy = window_policy
+        self._window_exhausted: WindowExhausted = window_exhausted
+        self._output_stuck = output_stuck
+        self._storage_blocked = storage_blocked
+        self._fatal = fatal
+        self._consumer: AIOKafkaConsumer | None = None
+        self._admin: AIOKafkaAdminClient | None = None
+        self._epoch = 0
+        self._stopping = False
+        self._assignments: dict[TopicPartition, Assignment] = {}
+        self._fetching: dict[TopicPartition, Assignment] = {}
+        self._older_runs: dict[TopicPartition, StreamExecutor] = {}
+        self._short_of_bytes = False
+        self._lost = False
+        self._releasing = asyncio.Lock()
+        self._committing = asyncio.Lock()
+        self._schedule = CommitSchedule(commit_policy, time.monotonic())
+        self._commit_due = asyncio.Event()
+        self._opened = asyncio.Event()
+        self._prepare_task: asyncio.Task[None] | None = None
+        self._poll_task: asyncio.Task[None] | None = None
+        self._commit_task: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------------------------------------ start and stop
+
+    async def start(self) -> None:
+        """Connect and join the group; goes on trying while the broker cannot be reached.
+
+        Cancellation: nothing is left connected.
+        """
+        self._consumer = await _started(self._make_consumer)
+        self._admin = await _started(self._make_admin)
+        self._consumer.subscribe(self._topics, listener=self)
+        self._poll_task = self._spawn(self._poll(), "poll")
+        self._commit_task = self._spawn(self._commit_when_due(), "commit")
+
+    async def stop(self, drain_timeout_seconds: float, stop_timeout_seconds: float) -> bool:
+        """Drain, commit, leave the group.
+
+        Order: polling first, since a poll blocked in a rebalance is not released by stopping the client (H6); then the
+        drain and its commit, which the listener is not asked for on stop (H16h); then the client, which may hang with
+        the broker gone and gets a deadline (H17).
+
+        Returns:
+            True where everything started was answered and committed.
+        """
+        self._stopping = True
+        await _end(self._poll_task)
+        done = await self._release(drain_timeout_seconds)
+        await _end(self._commit_task)
+        await _end(self._prepare_task)
+        for client in (self._consumer, self._admin):
+            if client is not None:
+                await _closed(client, stop_timeout_seconds)
+        return done
+
+    def _spawn(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
+        """Start one of this poller's own tasks; one that fails ends the process."""
+        task = asyncio.ensure_future(work)
+        assert isinstance(task, asyncio.Task)
+        task.set_name(name)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fatal(error)
+
+    # ------------------------------------------------------------------------------------------ poll
+
+    async def _poll(self) -> None:
+        consumer = self._client
+        failures = 0
+        while True:
+            self._check_client()
+            try:
+                if self._fetching:
+                    fetched = await consumer.getmany(
+                        *self._fetching, timeout_ms=POLL_MILLISECONDS, max_records=POLL_RECORDS_MAX
+                    )
+                else:
+                    await consumer.getmany(_NOWHERE, timeout_ms=0)
+                    await self._until_opened()
+                    continue
+            except OffsetOutOfRangeError as error:
+                await self._reset(error.args[0])
+            except Exception as error:  # noqa: BLE001 - H1: whatever it was, positions are not to be trusted
+                log.warning("poll failed", error=repr(error), failures=failures + 1)
+                self._seek_all()
+                await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])
+                failures += 1
+            else:
+                failures = 0
+                self._hand_over(fetched)
+
+    def _hand_over(self, fetched: Mapping[TopicPartition, list[Any]]) -> None:
+        """Give records to their assignments; stop fetching where enough is buffered, in the same step of the loop."""
+        for partition, records in fetched.items():
+            assignment = self._fetching.get(partition)
+            if assignment is not None:
+                assignment.receive(records)
+                if assignment.full:
+                    self._stop_fetching(partition)
+        if self._pipeline.budget.fetching_stopped and not self._short_of_bytes:
+            self._short_of_bytes = True
+            for partition in list(self._fetching):
+                self._stop_fetching(partition)
+
+    async def _until_opened(self) -> None:
+        self._opened.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_MILLISECONDS / 1000):
+                await self._opened.wait()
+
+    def _stop_fetching(self, partition: TopicPartition) -> None:
+        assignment = self._fetching.pop(partition)
+        assignment.fetching = False
+        with suppress(IllegalStateError):
+            self._client.pause(partition)
+
+    def _refill(self, assignment: Assignment) -> None:
+        """Fetch for *assignment* again, where it wants records and there are bytes to spare."""
+        partition = TopicPartition(assignment.topic, assignment.partition)
+        if (
+            self._assignments.get(partition) is assignment
+            and assignment.wants_records
+            and not assignment.fetching
+            and not assignment.out_of_range
+            and not self._short_of_bytes
+        ):
+            with suppress(IllegalStateError):
+                self._client.seek(partition, assignment.cursor)
+                self._client.resume(partition)
+                assignment.fetching = True
+                self._fetching[partition] = assignment
+                self._opened.set()
+
+    def _seek_all(self) -> None:
+        for partition, assignment in self._fetching.items():
+            with suppress(IllegalStateError):
+                self._client.seek(partition, assignment.cursor)
+
+    async def _reset(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Start offsets that no longer exist: by configuration an alarm, or a jump that is said aloud."""
+        self._seek_all()
+        for partition, offset in offsets.items():
+            assignment = self._assignments.get(partition)
+            if assignment is None or not assignment.open:
+                continue
+            if self._out_of_range == "pause":
+                assignment.out_of_range = True
+                if partition in self._fetching:
+                    self._stop_fetching(partition)
+                log.error(
+                    "offset out of range: partition paused; set input.out_of_range or reset the group's offsets",
+                    topic=partition.topic,
+                    partition=partition.partition,
+                    offset=offset,
+                )
+                continue
+            try:
+                position = await self._end_of_log(partition, self._out_of_range)
+            except (KafkaError, OSError, TimeoutError) as error:
+                log.warning("log end unknown", topic=partition.topic, partition=partition.partition, error=repr(error))
+                await asyncio.sleep(RETRY_BACKOFF_SECONDS[1])
+                continue
+            log.error(
+                "offset out of range: reading goes on elsewhere",
+                topic=partition.topic,
+                partition=partition.partition,
+                offset=offset,
+                position=position,
+            )
+            if self._assignments.get(partition) is assignment and assignment.open:
+                assignment.jump(position)
+                with suppress(IllegalStateError):
+                    self._client.seek(partition, position)
+
+    def _check_client(self) -> None:
+        """See that the client's own tasks live (H3, H17c); private names, held by a test against the pinned version.
+
+        Raises:
+            ClientDead: one of them has ended.
+        """
+        consumer = self._client
+        for owner, name in ((consumer._fetcher, "_fetch_task"), (consumer._coordinator, "_coordination_task")):  # noqa: SLF001
+            task = getattr(owner, name)
+            if task is not None and task.done():
+                raise ClientDead(f"the client's {name} has ended: {_why(task)}")
+
+    # ------------------------------------------------------------------------------------------ rebalance
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        """Aiokafka's callback; it may take as long as the rebalance time-out allows."""
+        self.rebalancing = True
+        log.info("partitions revoked", epoch=self._epoch, partitions=len(revoked))
+        try:
+            await self._release(self._drain_timeout)
+        except Exception as error:
+            self._fatal(error)  # aiokafka only logs what a callback raises (H14)
+            raise
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        """Aiokafka's callback; returns without waiting for anything (H12)."""
+        if self._stopping:
+            return
+        self._epoch += 1
+        self._lost = False
+        with suppress(IllegalStateError):
+            self._client.pause(*assigned)
+        names = [f"{partition.topic}/{partition.partition}" for partition in sorted(assigned)]
+        log.info("partitions assigned", epoch=self._epoch, partitions=names)
+        if self._prepare_task is not None:
+            self._prepare_task.cancel()
+        self._prepare_task = self._spawn(self._prepare(sorted(assigned)), f"prepare epoch {self._epoch}")
+
+    async def _release(self, drain_timeout_seconds: float) -> bool:
+        """Give all partitions up: gates, drain, commit. A second caller waits for the first and finds nothing left.
+
+        Returns:
+            True where everything started was answered and committed.
+        """
+        async with self._releasing:
+            if self._prepare_task is not None:
+                self._prepare_task.cancel()
+                await asyncio.wait([self._prepare_task])
+            began = time.monotonic()
+            leaving = dict(self._assignments)
+            for assignment in leaving.values():
+                assignment.close_gate()
+                assignment.fetching = False
+            self._fetching.clear()
+            self._short_of_bytes = False
+            outcome: RebalanceOutcome = "drained"
+            if leaving and not self._lost:
+                await self._commit(COMMIT_TIMEOUT_SECONDS)
+            if self._lost:
+                outcome = "lost"
+            elif leaving:
+                remaining = max(0.0, drain_timeout_seconds - (time.monotonic() - began))
+                drained = await asyncio.gather(*(one.drain(remaining) for one in leaving.values()))
+                if not all(drained):
+                    outcome = "timeout"
+                if await self._commit(COMMIT_TIMEOUT_SECONDS) != "success" and not self._all_committed():
+                    outcome = "lost" if self._lost else "timeout"
+            self._assignments = {}
+            for partition, assignment in leaving.items():
+                running = await assignment.abandon()
+                if running is not None:
+                    self._older_runs[partition] = running
+                self._pipeline.counts.drained(outcome, time.monotonic() - began)
+            if leaving:
+                seconds = round(time.monotonic() - began, 3)
+                log.info("partitions released", epoch=self._epoch, count=len(leaving), outcome=outcome, seconds=seconds)
+            return outcome == "drained"
+
+    def _all_committed(self) -> bool:
+        return all(one.committed == one.watermark for one in self._assignments.values() if one.committed is not None)
+
+    async def _prepare(self, partitions: list[TopicPartition]) -> None:
+        """Reserve windows, find start offsets, open gates."""
+        for partition, run in list(self._older_runs.items()):
+            if not run.in_flight:
+                del self._older_runs[partition]
+        executors = self._reserve(partitions)
+        for partition in partitions:
+            self._assignments[partition] = Assignment(
+                self._pipeline,
+                partition.topic,
+                partition.partition,
+                epoch=self._epoch,
+                executor=executors[partition],
+                refill=self._refill,
+                resolved=self._resolved,
+                failed=self._fatal,
+                wanted=self._pass_on_a_window,
+            )
+        self.rebalancing = False
+        starts = await self._persistently(lambda: self._starts(partitions), "start offsets")
+        ready = [partition for partition in partitions if partition not in self._older_runs]
+        late = [partition for partition in partitions if partition in self._older_runs]
+        for partition in ready:
+            self._begin(partition, starts[partition])
+        self._commit_due.set()  # the chosen starts, at once
+        for partition in late:
+            await self._older_runs[partition].wait_finished()
+            del self._older_runs[partition]
+            self._begin(partition, starts[partition])
+
+    def _begin(self, partition: TopicPartition, start: tuple[int, bool]) -> None:
+        offset, is_committed = start
+        assignment = self._assignments[partition]
+        assignment.committed = offset if is_committed else None
+        with suppress(IllegalStateError):
+            self._client.seek(partition, offset)
+        assignment.begin(offset)
+        log.info("partition open", topic=partition.topic, partition=partition.partition, offset=offset)
+
+    def _reserve(self, partitions: list[TopicPartition]) -> dict[TopicPartition, StreamExecutor | None]:
+        """Take the windows in sorted order, after the old ones are back."""
+        pipeline, limiter = self._pipeline, self._pipeline.service.limiter
+        plan = plan_windows(
+            partitions,
+            limit=limiter.limit,
+            available=limiter.available,
+            fraction=pipeline.fraction,
+            policy=self._window_policy,
+            exhausted=self._window_exhausted,
+            window_max=1 if pipeline.ordering == "partition" else None,
+        )
+        if plan.divided_equally:
+            log.warning(
+                "windows divided equally: the share rule would leave a partition with nothing",
+                partitions=len(partitions),
+                permits=limiter.available,
+            )
+        executors: dict[TopicPartition, StreamExecutor | None] = {}
+        for partition in partitions:
+            window = plan.windows[partition]
+            executors[partition] = None
+            if window:
+                with suppress(AtCapacity):
+                    executors[partition] = pipeline.service.stream(ordering=pipeline.ordering, window=window)
+        return executors
+
+    async def _starts(self, partitions: list[TopicPartition]) -> dict[TopicPartition, tuple[int, bool]]:
+        """Return for each partition where to start, and whether that is what the group has committed.
+
+        ``latest`` applies only to a topic of which the group has committed nothing at all: a partition without a commit
+        beside others that have one was added later, and its first records must not be skipped.
+        """
+        assert self._admin is not None
+        committed = await self._admin.list_consumer_group_offsets(self._group_id)
+        known_topics = {partition.topic for partition, found in committed.items() if found.offset >= 0}
+        starts: dict[TopicPartition, tuple[int, bool]] = {}
+        for partition in partitions:
+            found = committed.get(partition)
+            if found is not None and found.offset >= 0:
+                starts[partition] = (found.offset, True)
+            else:
+                side: Start = "earliest" if partition.topic in known_topics else self._start_at
+                starts[partition] = (await self._end_of_log(partition, side), False)
+        return starts
+
+    async def _end_of_log(self, partition: TopicPartition, side: Start) -> int:
+        ask = self._client.beginning_offsets if side == "earliest" else self._client.end_offsets
+        async with asyncio.timeout(ADMIN_TIMEOUT_SECONDS):
+            return int((await ask([partition]))[partition])
+
+    async def _persistently(self, ask: Callable[[], Awaitable[Any]], what: str) -> Any:
+        """Ask until there is an answer; who asks is cancelled by the next rebalance."""
+        failures = 0
+        while True:
+            try:
+                async with asyncio.timeout(ADMIN_TIMEOUT_SECONDS):
+                    return await ask()
+            except (KafkaError, OSError, TimeoutError) as error:
+                log.warning(f"{what} unknown", error=repr(error), failures=failures + 1)
+            await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])
+            failures += 1
+
+    def _pass_on_a_window(self) -> None:
+        """Somebody waits for permits: ask one idle partition for its window."""
+        for assignment in self._assignments.values():
+            if assignment.idle:
+                partition = TopicPartition(assignment.topic, assignment.partition)
+                if partition in self._fetching:
+                    self._stop_fetching(partition)
+                assignment.give_up_window()
+                return
+
+    # ------------------------------------------------------------------------------------------ commit
+
+    def _resolved(self, records: int) -> None:
+        """Records are finished and their bytes free."""
+        if self._schedule.resolved(records):
+            self._commit_due.set()
+        if self._short_of_bytes and self._pipeline.budget.fetching_may_resume:
+            self._short_of_bytes = False
+            for assignment in self._assignments.values():
+                self._refill(assignment)
+
+    async def _commit_when_due(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._schedule.due_in(time.monotonic())):
+                    await self._commit_due.wait()
+            self._commit_due.clear()
+            await self._commit(COMMIT_TIMEOUT_SECONDS)
+            self._schedule.committed(time.monotonic())
+
+    async def _commit(self, timeout_seconds: float) -> CommitOutcome:
+        """Commit the watermarks that moved. One commit at a time; the epoch is checked again after waiting for a turn.
+
+        Returns:
+            ``lost`` where the group no longer counts us as a member, ``unknown`` where there was no usable answer: the
+            next commit then starts from the current watermarks.
+        """
+        async with self._committing:
+            await self._advance_over_gaps()
+            began, epoch = time.monotonic(), self._epoch
+            offsets = {
+                partition: assignment.watermark
+                for partition, assignment in self._assignments.items()
+                if assignment.begun and assignment.watermark != assignment.committed
+            }
+            if not offsets or self._lost:
+                return "lost" if self._lost else "success"
+            outcome: CommitOutcome = "success"
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    await self._client.commit(
+                        {partition: OffsetAndMetadata(offset, "") for partition, offset in offsets.items()}
+                    )
+            except CommitFailedError as error:
+                if isinstance(error.__cause__, RebalanceInProgressError):
+                    outcome = "unknown"
+                else:
+                    outcome = "lost"
+                    self._lost = epoch == self._epoch
+                log.warning("commit refused", outcome=outcome, error=repr(error.__cause__ or error))
+            except (KafkaError, OSError, TimeoutError) as error:
+                outcome = "unknown"
+                log.warning("commit without answer", error=repr(error))
+            else:
+                for partition, offset in offsets.items():
+                    assignment = self._assignments.get(partition)
+                    if assignment is not None and assignment.epoch == epoch:
+                        assignment.committed = offset
+                        assignment.committed_at = time.time()
+            self._pipeline.counts.committed(outcome, time.monotonic() - began)
+            return outcome
+
+    async def _advance_over_gaps(self) -> None:
+        """Move idle partitions over offsets without records (control batches, aborted ones): only the client knows."""
+        for partition, assignment in list(self._assignments.items()):
+            if assignment.open and assignment.fetching:
+                with suppress(KafkaError, TimeoutError):
+                    async with asyncio.timeout(1):
+                        assignment.advance(await self._client.position(partition))
+
+    # ------------------------------------------------------------------------------------------ what can be seen
+
+    @property
+    def assigned(self) -> int:
+        """Partitions assigned now."""
+        return len(self._assignments)
+
+    def shared_reasons(self) -> list[str]:
+        """Pause reasons that hold for every partition of the process."""
+        reasons = []
+        if self._short_of_bytes:
+            reasons.append("bytes")
+        if self._storage_blocked():
+            reasons.append("storage_unavailable")
+        if self._output_stuck():
+            reasons.append("output")
+        return reasons
+
+    def snapshot(self) -> list[PartitionState]:
+        """Describe every assigned partition, sorted."""
+        shared = self.shared_reasons()
+        states = []
+        for partition in sorted(self._assignments):
+            self._look_at_the_log_end(partition)
+            reasons = [*shared, "recovering"] if partition in self._older_runs else shared
+            states.append(self._assignments[partition].snapshot(reasons))
+        return states
+
+    def _look_at_the_log_end(self, partition: TopicPartition) -> None:
+        """Take over the high watermark that came with the last fetch, where there was one."""
+        if partition in self._client.assignment():
+            end = self._client.highwater(partition)
+            if end is not None:
+                self._assignments[partition].high_watermark = end
+
+    def not_ready(self) -> list[str]:
+        """Reasons why the service should not count as ready."""
+        reasons = []
+        if self._consumer is None:
+            reasons.append("not connected to the broker")
+        elif self.rebalancing:
+            reasons.append("rebalancing")
+        now = time.monotonic()
+        for partition, assignment in sorted(self._assignments.items()):
+            name = f"{partition.topic}/{partition.partition}"
+            if assignment.out_of_range:
+                reasons.append(f"{name}: offset out of range")
+            waiting = assignment.waiting_since
+            if waiting is not None and now - waiting >= STARVED_SECONDS and assignment.lag != 0:
+                reasons.append(f"{name}: no permits for {now - waiting:.0f} s")
+        return reasons
+
+    @property
+    def _client(self) -> AIOKafkaConsumer:
+        assert self._consumer is not None
+        return self._consumer
+
+
+async def _started(make: Callable[[], Any]) -> Any:
+    """Start a client, trying until it works; ``start`` has no deadline of its own (H17)."""
+    failures = 0
+    while True:
+        client = make()
+        try:
+            async with asyncio.timeout(ADMIN_TIMEOUT_SECONDS):
+                await client.start()
+        except (KafkaError, OSError, TimeoutError) as error:
+            log.warning("broker not reachable, trying again", error=repr(error), failures=failures + 1)
+            await _closed(client, ADMIN_TIMEOUT_SECONDS)
+        except BaseException:
+            await _closed(client, ADMIN_TIMEOUT_SECONDS)
+            raise
+        else:
+            return client
+        await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])
+        failures += 1
+
+
+async def _closed(client: Any, timeout_seconds: float) -> None:
+    """Close a client that may hang (H17) or raise what nobody caused (H17b)."""
+    closing = asyncio.ensure_future(client.stop() if hasattr(client, "stop") else client.close())
+    done, _ = await asyncio.wait([closing], timeout=timeout_seconds)
+    if not done:
+        log.warning("client did not stop in time", client=type(client).__name__, seconds=timeout_seconds)
+        closing.cancel()
+        await asyncio.wait([closing], timeout=1)
+    elif not closing.cancelled() and (error := closing.exception()) is not None:
+        log.debug("client stopped with an error", client=type(client).__name__, error=repr(error))
+
+
+async def _end(task: asyncio.Task[None] | None) -> None:
+    """Cancel a task of our own and wait for its end."""
+    if task is not None:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _why(task: asyncio.Task[Any]) -> str:
+    return "cancelled" if task.cancelled() else repr(task.exception())
