@@ -4,7 +4,7 @@
 ``/``               status page: one HTML file, which asks for ``/debug/state`` every second
 ``/healthz``        200 while the event loop turns; not tied to Kafka, so that no broker outage restarts pods
 ``/readyz``         200 or 503 with ``{"ready": bool, "reasons": [str]}``
-``/metrics``        Prometheus text, or OpenMetrics where ``Accept`` asks for it
+``/metrics``        Prometheus text, or OpenMetrics where ``Accept`` names it
 ``/debug/state``    the snapshot as JSON
 ==================  ====================================================================================
 
@@ -14,10 +14,11 @@ How it is kept from harming the service it watches:
 
 1. A scrape is two steps: samples are *collected* on the event loop's thread, where the counts are written (a few
    milliseconds for a hundred partitions), and *rendered* in a thread, one scrape at a time.
-2. Connections are bounded: beyond :data:`CONNECTIONS_MAX` they are refused, silent ones are dropped, idle ones closed.
-   So neither a port scan nor a forgotten client takes the process's descriptors.
-3. The page may run its own script and style, known by hash, and talk to this port; nothing else (CSP). Answers name no
-   software version.
+2. Connections are bounded: one beyond :data:`CONNECTIONS_MAX` takes the place of the oldest, so that neither a port
+   scan nor a forgotten client takes the process's descriptors, or keeps a probe out and gets the pod restarted.
+3. Slow clients are cut off: who sends no whole request within :data:`IDLE_SECONDS`, who does not take an answer within
+   :data:`SEND_SECONDS`.
+4. The page may run its own script and style, known by hash, and talk to this port; nothing else (CSP).
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from http import HTTPStatus
 from importlib.resources import files
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import orjson
 from aiohttp import web
@@ -43,15 +45,20 @@ from consumer.metrics import Snapshot
 Readiness: TypeAlias = Callable[[], tuple[bool, list[str]]]
 """Returns whether the service is ready, and every reason why not."""
 
+_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
 PAGE: Final = files("consumer").joinpath("status.html").read_text(encoding="utf-8")
 """Read once, at import: no file is opened on the event loop."""
 
 CONNECTIONS_MAX: Final = 128
-"""Two scrapers, a few probes and some open pages need a dozen; the usual limit of descriptors is 1,024."""
-FIRST_REQUEST_SECONDS: Final = 10.0
-"""A client that connects and has not sent a whole request by then is dropped."""
+"""Two scrapers, a few probes and some open pages need a dozen; the usual limit of descriptors is 1,024. Connections
+that arrive in the same turn of the event loop (at most :data:`BACKLOG`) may exceed it until the next turn."""
+BACKLOG: Final = 32
+"""Connections the system keeps until they are accepted, and most that are accepted in one turn."""
 IDLE_SECONDS: Final = 75.0
 """Longer than the longest usual scrape interval (60 s), so that scrapers keep their connection."""
+SEND_SECONDS: Final = 10.0
+"""Prometheus gives up after 10 s; who reads more slowly than that is no scraper, probe or page."""
 SCRAPE_SECONDS: Final = 8.0
 """Below Prometheus's usual timeout (10 s): the scraper hears 503 instead of nothing."""
 STOP_SECONDS: Final = 2.0
@@ -59,14 +66,6 @@ STOP_SECONDS: Final = 2.0
 
 _OPENMETRICS: Final = "application/openmetrics-text"
 _JSON: Final = "application/json"
-
-_COMMON_HEADERS: Final = {
-    "Server": "tierstream",
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
 
 _log = get_logger(__name__)
 
@@ -91,6 +90,17 @@ CONTENT_SECURITY_POLICY: Final = "; ".join(
     ]
 )
 
+_HEADERS: Final = {
+    "Server": "tierstream",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""On every answer to an HTTP request; what is no HTTP gets the library's plain 400."""
+
 
 class AdminServer:
     """The admin port, from :meth:`start` to :meth:`stop`; it owns its socket and its connections, nothing else.
@@ -100,7 +110,7 @@ class AdminServer:
         port: 0 for any free port.
         snapshot: The state of the service, as JSON can hold it; called on the event loop.
         readiness: Called on the event loop, for every probe.
-        registry: What ``/metrics`` shows.
+        registry: What ``/metrics`` shows; collected on the event loop.
     """
 
     def __init__(
@@ -112,17 +122,8 @@ class AdminServer:
         self._readiness = readiness
         self._registry = registry
         self._scraping = asyncio.Lock()
-        self._http: web.Server | None = None
+        self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
-        self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}
-        """Connections that have not made a request yet, with the timer that drops them."""
-        self._routes: dict[str, Callable[[web.BaseRequest], Awaitable[web.Response]]] = {
-            "/": self._page,
-            "/healthz": self._healthz,
-            "/readyz": self._readyz,
-            "/metrics": self._metrics,
-            "/debug/state": self._debug_state,
-        }
 
     async def start(self) -> int:
         """Listen, and return the port.
@@ -131,94 +132,75 @@ class AdminServer:
             OSError: the address is in use or not ours.
             RuntimeError: it listens already.
 
-        Cancellation: nothing listens.
+        Cancellation: nothing listens; :meth:`stop` may be called.
         """
-        if self._listener is not None:
+        if self._runner is not None:
             raise RuntimeError("the admin port is open already")
-        self._http = web.Server(
-            self._answer,
-            request_factory=_Request.of,
+        application = web.Application(middlewares=[_answer])
+        application.on_response_prepare.append(_put_headers)
+        application.router.add_get("/", self._page)
+        application.router.add_get("/healthz", self._healthz)
+        application.router.add_get("/readyz", self._readyz)
+        application.router.add_get("/metrics", self._metrics)
+        application.router.add_get("/debug/state", self._debug_state)
+        self._runner = web.AppRunner(
+            application,
             access_log=None,
             keepalive_timeout=IDLE_SECONDS,
             lingering_time=1.0,
+            shutdown_timeout=STOP_SECONDS,
         )
-        self._listener = await asyncio.get_running_loop().create_server(self._accept, self._host, self._port)
+        try:
+            await self._runner.setup()
+            assert self._runner.server is not None
+            # Not `web.TCPSite`, which gives no say in how many connections there may be.
+            self._listener = await asyncio.get_running_loop().create_server(
+                partial(_accept, self._runner.server), self._host, self._port, backlog=BACKLOG
+            )
+        except BaseException:
+            await self.stop()
+            raise
         port: int = self._listener.sockets[0].getsockname()[1]
         return port
 
-    async def stop(self, timeout: float = STOP_SECONDS) -> None:
-        """Close the port and every connection; requests under way may end first, for at most *timeout* seconds.
+    async def stop(self) -> None:
+        """Close the port and every connection; requests under way may end first, for :data:`STOP_SECONDS`.
 
         May be called twice, and without :meth:`start`. Cancellation: the port is closed, connections may remain until
         the event loop ends.
         """
-        listener, http = self._listener, self._http
-        self._listener = self._http = None
-        for timer in self._silent.values():
-            timer.cancel()
-        self._silent.clear()
-        if listener is None or http is None:
-            return
-        listener.close()
-        # One turn, so that requests already received have begun and are not mistaken for idle connections.
-        await asyncio.sleep(0)
-        http.pre_shutdown()
-        await http.shutdown(timeout)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(listener.wait_closed(), timeout)
-
-    # ------------------------------------------------------------------------------------------ connections
-
-    def _accept(self) -> asyncio.Protocol:
-        assert self._http is not None
-        if len(self._http.connections) >= CONNECTIONS_MAX:
-            return _Refusal()
-        connection = self._http()
-        self._silent[connection] = asyncio.get_running_loop().call_later(
-            FIRST_REQUEST_SECONDS, self._drop_silent, connection
-        )
-        return connection
-
-    def _drop_silent(self, connection: web.RequestHandler) -> None:
-        self._silent.pop(connection, None)
-        connection.force_close()
-
-    async def _answer(self, request: web.BaseRequest) -> web.Response:
-        """Answer one request, whatever happens."""
-        timer = self._silent.pop(request.protocol, None)
-        if timer is not None:
-            timer.cancel()
-        route = self._routes.get(request.path)
-        if route is None:
-            return _plain(HTTPStatus.NOT_FOUND)
-        if request.method not in {"GET", "HEAD"}:
-            return _plain(HTTPStatus.METHOD_NOT_ALLOWED, Allow="GET, HEAD")
-        try:
-            return await route(request)
-        except Exception:
-            _log.exception("admin request failed", path=request.path)
-            return _plain(HTTPStatus.INTERNAL_SERVER_ERROR)
+        listener, runner = self._listener, self._runner
+        self._listener = self._runner = None
+        if listener is not None:
+            listener.close()
+            # Connections that were just accepted are made in the next turn, and only then known to the runner.
+            await asyncio.sleep(0)
+        if runner is not None:
+            await runner.cleanup()
+        if listener is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(listener.wait_closed(), STOP_SECONDS)
 
     # ------------------------------------------------------------------------------------------ answers
 
-    async def _page(self, _request: web.BaseRequest) -> web.Response:
-        headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Frame-Options": "DENY"}
-        return web.Response(text=PAGE, content_type="text/html", headers=headers)
+    async def _page(self, _request: web.Request) -> web.Response:
+        return web.Response(text=PAGE, content_type="text/html")
 
-    async def _healthz(self, _request: web.BaseRequest) -> web.Response:
+    async def _healthz(self, _request: web.Request) -> web.Response:
         return _plain(HTTPStatus.OK)
 
-    async def _readyz(self, _request: web.BaseRequest) -> web.Response:
+    async def _readyz(self, _request: web.Request) -> web.Response:
         ready, reasons = self._readiness()
         status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
         return web.Response(status=status, body=orjson.dumps({"ready": ready, "reasons": reasons}), content_type=_JSON)
 
-    async def _debug_state(self, _request: web.BaseRequest) -> web.Response:
+    async def _debug_state(self, _request: web.Request) -> web.Response:
         return web.Response(body=orjson.dumps(self._snapshot()), content_type=_JSON)
 
-    async def _metrics(self, request: web.BaseRequest) -> web.Response:
-        wanted = _OPENMETRICS if _prefers_openmetrics(request.headers.get("Accept", "")) else ""
-        encode, content_type = choose_encoder(wanted)
+    async def _metrics(self, request: web.Request) -> web.Response:
+        # The encoder is not given the header itself: a version that is no number in it is an exception there.
+        named = {entry.partition(";")[0].strip().lower() for entry in request.headers.get("Accept", "").split(",")}
+        encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in named else "")
         try:
             async with asyncio.timeout(SCRAPE_SECONDS), self._scraping:
                 collected = _Collected(self._registry.collect())
@@ -226,27 +208,6 @@ class AdminServer:
         except TimeoutError:
             return _plain(HTTPStatus.SERVICE_UNAVAILABLE)
         return web.Response(body=body, headers={"Content-Type": content_type})
-
-
-class _Request(web.BaseRequest):
-    """A request whose answer has our headers, also where the request was no HTTP and aiohttp answers by itself."""
-
-    @classmethod
-    def of(cls, message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> _Request:
-        """Make a request as :class:`web.Server` asks for it."""
-        return cls(message, payload, protocol, writer, task, task.get_loop())
-
-    async def _prepare_hook(self, response: web.StreamResponse) -> None:
-        response.headers.update(_COMMON_HEADERS)
-
-
-class _Refusal(asyncio.Protocol):
-    """Closes a connection that is one too many, before a byte is read."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Reset the connection."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.abort()
 
 
 class _Collected:
@@ -260,23 +221,44 @@ class _Collected:
         return self._families
 
 
-def _plain(status: HTTPStatus, **headers: str) -> web.Response:
-    return web.Response(status=status, text=f"{status.phrase}\n", headers=headers)
+@web.middleware
+async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Answer one request, whatever happens, and see to it that the answer is taken."""
+    try:
+        response = await handler(request)
+    except web.HTTPException as refusal:
+        response = _plain(HTTPStatus(refusal.status), allow=refusal.headers.get("Allow"))
+    except Exception:  # noqa: BLE001 - whatever it is, it is logged and the port goes on answering
+        _log.exception("admin request failed", path=request.path)
+        response = _plain(HTTPStatus.INTERNAL_SERVER_ERROR)
+    transport = request.transport
+    if transport is None:  # the client is gone, which aiohttp finds out when it sends
+        return response
+    # Nothing of the answer may stay behind in a buffer of ours: a transport closes only once that is empty.
+    transport.set_write_buffer_limits(high=0)
+    try:
+        async with asyncio.timeout(SEND_SECONDS):
+            await response.prepare(request)
+            await response.write_eof()
+    except (TimeoutError, ConnectionError):
+        transport.abort()
+    except asyncio.CancelledError:
+        transport.abort()
+        raise
+    return response
 
 
-def _prefers_openmetrics(accept: str) -> bool:
-    """Read ``Accept``: OpenMetrics only where it is named, and not named after plain text."""
-    openmetrics, text = _quality(accept, _OPENMETRICS), _quality(accept, "text/plain")
-    return openmetrics > 0.0 and openmetrics >= text
+def _accept(server: web.Server) -> asyncio.Protocol:
+    """Make the protocol of a new connection; the oldest go where there are too many."""
+    connections = server.connections  # in the order they were made
+    for oldest in connections[: max(0, len(connections) + 1 - CONNECTIONS_MAX)]:
+        oldest.force_close()
+    return server()
 
 
-def _quality(accept: str, media_type: str) -> float:
-    """Return the highest ``q`` of *media_type* in *accept*, 0 where it is absent or its ``q`` is no number."""
-    found = 0.0
-    for entry in accept.split(","):
-        name, *parameters = (part.strip().lower() for part in entry.split(";"))
-        if name == media_type:
-            given = next((part[2:] for part in parameters if part.startswith("q=")), "1")
-            with contextlib.suppress(ValueError):
-                found = max(found, float(given))
-    return found
+async def _put_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(_HEADERS)
+
+
+def _plain(status: HTTPStatus, allow: str | None = None) -> web.Response:
+    return web.Response(status=status, text=f"{status.phrase}\n", headers={"Allow": allow} if allow else None)
