@@ -22,8 +22,8 @@ VERSION = 1
 """Newest stored form this module reads."""
 
 FORBIDDEN_FOR = timedelta(days=1)
-"""How long a forbidden revision stays forbidden: far beyond every deadline, lease and pause a late swap could come from,
-short enough that the list stays small."""
+"""How long a forbidden revision stays forbidden: far beyond every deadline, lease and pause a late swap could come
+from, short enough that the list stays small."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
