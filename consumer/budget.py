@@ -1,6 +1,6 @@
-"""The byte budget: a bound on the memory that records, payloads and responses hold (contract 4, ``limits.in_flight_bytes``).
+"""The byte budget: a bound on the memory that records, payloads and responses hold (``limits.in_flight_bytes``).
 
-Charged are a record's bytes from fetch to acknowledgement, and response payloads until acknowledged.
+Contract 4. Charged are a record's bytes from fetch to acknowledgement, and response payloads until acknowledged.
 
 1. *Fetching* stops when half of the budget is charged and goes on below three eighths, so that stopping and
    going on do not alternate with every record. The other half stays free for responses.
@@ -24,14 +24,20 @@ class ByteBudget:
 
     Args:
         limit: Bytes, at least 1.
+
+    Raises:
+        ValueError: *limit* is below 1.
     """
 
     def __init__(self, limit: int) -> None:
+        if limit < 1:
+            raise ValueError("a byte budget is at least 1 byte")
         self.limit = limit
         self._used = 0
         self._reads = 0
         self._waiters: asyncio.Event | None = None
-        self._fetch_stop = int(limit * FETCH_SHARE)
+        # At least 1: an empty budget never stops fetching, or nothing would be left to set it going again.
+        self._fetch_stop = max(1, int(limit * FETCH_SHARE))
         self._fetch_resume = int(limit * RESUME_SHARE)
 
     @property
@@ -56,6 +62,7 @@ class ByteBudget:
     def release(self, size: int) -> None:
         """Give *size* bytes back and let waiting reads look again."""
         self._used -= size
+        assert self._used >= 0, "more bytes given back than were charged"
         if self._waiters is not None:
             self._waiters.set()
             self._waiters = None
@@ -75,4 +82,5 @@ class ByteBudget:
     def release_read(self, size: int) -> None:
         """Give a read's reservation back."""
         self._reads -= 1
+        assert self._reads >= 0, "more reads given back than were reserved"
         self.release(size)

@@ -1,8 +1,9 @@
 """When to commit: the policy as data and the schedule that applies it, given the time (pure).
 
-A commit is due when anything was resolved since the last one and either ``interval`` has passed or ``max_records``
-records were resolved. More often costs round trips; more seldom costs duplicates after a hard kill, at most the
-records answered since the last commit (contract 3).
+A commit is due when ``interval`` has passed since the last one, or ``max_records`` records were resolved since. More
+often costs round trips; more seldom costs duplicates after a hard kill, at most the records answered since the last
+commit (contract 3). What was resolved while a commit was on its way is not in that commit: so the schedule is told of a
+commit when its watermarks are read, not when its answer comes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CommitPolicy:
-    """How long finished work may stay uncommitted."""
+    """How long finished work may stay uncommitted.
+
+    Raises:
+        ValueError: a commit would be due at every moment, and its owner would do nothing else.
+    """
 
     interval_seconds: float = 1.0
     """Longest time between a resolution and its commit."""
     max_records: int = 5000
     """Most resolved records between two commits."""
+
+    def __post_init__(self) -> None:
+        if not self.interval_seconds > 0 or self.max_records < 1:
+            raise ValueError("a commit policy has an interval above 0 and at least 1 record")
 
 
 class CommitSchedule:
@@ -42,6 +51,9 @@ class CommitSchedule:
         return max(0.0, self._last_commit + self._policy.interval_seconds - now)
 
     def committed(self, now: float) -> None:
-        """A commit was sent, or there was nothing to send."""
+        """The watermarks of a commit are read now; or there was nothing to commit.
+
+        Whether that commit succeeds makes no difference: the next one takes all that is resolved by then.
+        """
         self._last_commit = now
         self._resolved = 0

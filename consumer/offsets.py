@@ -15,6 +15,8 @@ a programmer's error and raises: it would mean that a record was answered twice 
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
+from operator import lt
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,12 +33,17 @@ class OffsetTracker:
     """Delivered offsets of one assignment, and their watermark.
 
     Args:
-        start: The offset reading starts at: the committed one, or the chosen start.
+        start: The offset reading starts at: the committed one, or the chosen start; at least 0.
+
+    Raises:
+        ValueError: *start* is negative. Kafka's -1 means that nothing is committed; it is no offset to commit.
     """
 
     __slots__ = ("_order", "_position", "_unfinished")
 
     def __init__(self, start: int) -> None:
+        if start < 0:
+            raise ValueError(f"{start} is not an offset")
         self._position = start
         self._order: deque[int] = deque()
         self._unfinished: set[int] = set()
@@ -45,11 +52,11 @@ class OffsetTracker:
         """Add delivered *offsets*, ascending and not below the position.
 
         Raises:
-            ValueError: the first offset lies below the position, or they do not ascend.
+            ValueError: the first offset lies below the position, or they do not ascend; none of them is tracked.
         """
         if not offsets:
             return
-        if offsets[0] < self._position or offsets[-1] - offsets[0] < len(offsets) - 1:
+        if offsets[0] < self._position or not all(map(lt, offsets, islice(offsets, 1, None))):
             raise ValueError(f"offsets {offsets[0]}..{offsets[-1]} do not follow position {self._position}")
         self._order.extend(offsets)
         self._unfinished.update(offsets)
