@@ -75,7 +75,8 @@ CREATE TABLE objects (
 CREATE INDEX objects_by_expiry ON objects (expires) WHERE expires IS NOT NULL;
 CREATE TABLE forbidden_revisions (name TEXT NOT NULL PRIMARY KEY, until INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE change_log_instances (
-    incarnation TEXT NOT NULL PRIMARY KEY, owner TEXT NOT NULL, boot TEXT NOT NULL, lease_until REAL NOT NULL
+    incarnation TEXT NOT NULL PRIMARY KEY, owner TEXT NOT NULL, boot TEXT NOT NULL, lease_until REAL NOT NULL,
+    since INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE change_log_entries (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT, change_id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
@@ -169,11 +170,11 @@ class Timer:
 
     __slots__ = ("arguments", "due", "seconds", "step")
 
-    def __init__(self, seconds: float, step: Callable[[sqlite3.Connection], bool]) -> None:
+    def __init__(self, seconds: float, step: Callable[[sqlite3.Connection], object], due: float) -> None:
         self.seconds = seconds
         self.step = step
         self.arguments = ()
-        self.due = time.monotonic() + seconds
+        self.due = due
 
 
 _Outcome: TypeAlias = tuple[Any, TierstreamError | None]
@@ -242,10 +243,11 @@ class _Lane:
             raise
 
     def add_timer(self, timer: Timer) -> None:
-        """Run *timer* from now on, once there is a thread; it does not start one."""
+        """Run *timer* from now on, before any request that is queued later. Only one that is due starts a thread."""
         with self._condition:
             self._timers.append(timer)
-            self._condition.notify()
+            if self._ends or timer.due <= time.monotonic():
+                self._start_or_wake()
 
     def remove_timer(self, timer: Timer) -> None:
         """Do not begin *timer* again; one that is not there is a success."""
@@ -297,14 +299,14 @@ class _Lane:
             except Exception as error:  # noqa: BLE001 - whatever it is, the callers have to hear of it
                 self._answer(group, [(None, translate(error)) for _ in group])
                 continue
-            if group:
-                self._answer(group, self._run(connection, group))
             for timer in timers:
                 ((more, timer_error),) = self._run(connection, (timer,))
                 if timer_error is not None:
                     log.warning("background work on the storage file failed", error=str(timer_error))
-                elif more:
+                elif more is True:
                     timer.due = 0.0
+            if group:
+                self._answer(group, self._run(connection, group))
         if connection is not None:
             with suppress(sqlite3.Error):
                 connection.close()
@@ -401,9 +403,12 @@ class SqliteDatabase:
         result: T = await self._readers.call(step, arguments)
         return result
 
-    def every(self, seconds: float, step: Callable[[sqlite3.Connection], bool]) -> Timer:
-        """Let the writer thread, once it runs, run *step* regularly; True asks for the next run at once."""
-        timer = Timer(seconds, step)
+    def every(self, seconds: float, step: Callable[[sqlite3.Connection], object], *, at_once: bool = False) -> Timer:
+        """Let the writer thread run *step* regularly, *at_once* for the first time, else once the file is in use.
+
+        A step that returns True is run again at once. Errors are logged.
+        """
+        timer = Timer(seconds, step, time.monotonic() + (0.0 if at_once else seconds))
         self._writer.add_timer(timer)
         return timer
 

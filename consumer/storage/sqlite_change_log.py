@@ -1,0 +1,209 @@
+"""The change log in a SQLite file, by default the one the objects lie in: same writer thread, same group commit.
+
+Who an entry belongs to: an *owner* (a name that survives a restart) and an *incarnation* (one instance of
+:class:`SqliteChangeLog`, from construction to join). An incarnation lives as long as its lease, which the file's writer
+thread renews three times per lease, whether or not the event loop is free. Leases are counted in seconds since the host
+started, so that setting the wall clock kills nobody; a lease from before a restart of the host is over.
+
+**Record**: the entry and a renewed lease, durable when the call returns.
+
+**Recoverable**, in one transaction, so that of two recoverers only one gets an entry:
+
+1. Take over, in the name of this incarnation, every entry
+   * of another incarnation without a live lease (its process died, or stopped without cleaning up), or
+   * of an earlier incarnation of this owner, live or not, recorded before this one was made: a restart does not wait.
+2. Return what has been taken over and not removed yet, so that a recovery that failed can be begun again. Entries
+   recorded through this incarnation are never among them.
+   * An entry that cannot be read is logged, set aside, and stays in the file for inspection.
+
+**Join** ends the lease: whatever is left then may be recovered by anyone, at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import UUID, uuid4
+
+from consumer.errors import TierstreamError
+from consumer.ids import ObjectId
+from consumer.log import get_logger
+from consumer.storage.backend import Change, Revision
+from consumer.storage.host import boot_id, default_owner
+from consumer.storage.sqlite import SqliteDatabase, Timer
+
+log = get_logger(__name__)
+
+LEASE_SECONDS = 30.0
+"""How long a silent incarnation counts as alive: longer than any stall of a healthy process, short enough that its
+orphans go within a minute (contract 6)."""
+
+RENEWALS_PER_LEASE = 3
+"""Two renewals may fail or come late before anybody else may take over."""
+
+
+class SqliteChangeLog:
+    """A durable change log; what each method guarantees stands at :class:`~consumer.storage.backend.ChangeLog`.
+
+    Construction registers this incarnation in the background: what others record later is not recovered by it. A log
+    that is not closed keeps its lease until the process ends.
+
+    Args:
+        path: The file; the one of a :class:`~consumer.storage.sqlite.SqliteBackend` shares its threads.
+        owner: A name that survives restarts, used by one running process at a time; by default one of its own.
+        lease_seconds: How long after its last sign of life this incarnation counts as alive.
+        monotonic: Seconds on a clock that all processes of this host share.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        owner: str | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if lease_seconds <= 0:
+            raise ValueError(f"a lease is longer than {lease_seconds} seconds")
+        self.owner = owner or default_owner()
+        self._incarnation = uuid4().hex
+        self._lease_seconds = lease_seconds
+        self._monotonic = monotonic
+        self._database = SqliteDatabase.shared(path)
+        self._closed = False
+        self._heartbeat: Timer | None = None
+        self._keep_alive()
+
+    async def open(self) -> None:
+        """Create or check the file now, so that a wrong one is noticed at start. Optional."""
+        await self._database.open()
+
+    async def record(self, change: Change) -> None:
+        """Make the entry durable; recording the same one again is a success."""
+        self._keep_alive()
+        new = None if change.new is None else change.new.name
+        old = None if change.old is None else change.old.name
+        await self._database.write(self._insert, str(change.change_id), change.object_id.storage_path, new, old)
+
+    async def remove(self, change_id: UUID) -> None:
+        """Drop an entry; dropping an absent one is a success (LOG-3)."""
+        await self._database.write(_delete, str(change_id))
+
+    async def recoverable(self) -> Sequence[Change]:
+        """Claim and return what dead owners, and this owner before this instance, have left."""
+        self._keep_alive()
+        changes: list[Change] = []
+        unreadable: list[str] = []
+        for change_id, path, new, old in await self._database.write(self._claim):
+            try:
+                changes.append(_change(change_id, path, new, old))
+            except (TierstreamError, TypeError, ValueError, AttributeError):
+                unreadable.append(change_id)
+        if unreadable:
+            log.error("change log entries are unreadable and were set aside", entries=len(unreadable))
+            await self._database.write(_set_aside, unreadable)
+        return changes
+
+    async def count(self) -> int:
+        """Entries of this owner now in the log, unreadable ones excluded."""
+        return await self._database.read(_count, self.owner)
+
+    async def join(self) -> None:
+        """End the lease. Recording again starts a new one; where the file fails, the lease ends by itself."""
+        if self._heartbeat is None:
+            return
+        self._database.never(self._heartbeat)
+        self._heartbeat = None
+        try:
+            await self._database.write(_leave, self._incarnation)
+        except TierstreamError as error:
+            log.warning("the change log's lease could not be ended and runs out by itself", error=str(error))
+
+    async def close(self) -> None:
+        """End the lease and give up the file; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            await self.join()
+            await self._database.release()
+
+    def _keep_alive(self) -> None:
+        if self._heartbeat is None:
+            self._heartbeat = self._database.every(
+                self._lease_seconds / RENEWALS_PER_LEASE, self._renew, at_once=True
+            )
+
+    # ---------------------------------------------------------------------------------------------- in the thread
+
+    def _renew(self, connection: sqlite3.Connection) -> None:
+        """Extend the lease; the first time, register. Part of every step, so that none relies on an earlier one."""
+        now = self._monotonic()
+        connection.execute(_RENEW, (self._incarnation, self.owner, boot_id(), now + self._lease_seconds))
+
+    def _insert(
+        self, connection: sqlite3.Connection, change_id: str, path: str, new: str | None, old: str | None
+    ) -> None:
+        self._renew(connection)
+        connection.execute(_INSERT, (change_id, self.owner, self._incarnation, path, new, old))
+
+    def _claim(self, connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
+        self._renew(connection)
+        mine, now = self._incarnation, self._monotonic()
+        connection.execute(_CLAIM, (self.owner, mine, mine, self.owner, mine, boot_id(), now))
+        connection.execute(_FORGET, (boot_id(), now))  # the dead own nothing any more
+        return connection.execute(_CLAIMED, (mine,)).fetchall()
+
+
+_RENEW = """
+INSERT INTO change_log_instances (incarnation, owner, boot, lease_until, since)
+VALUES (?, ?, ?, ?, (SELECT coalesce(max(sequence), 0) FROM change_log_entries))
+ON CONFLICT (incarnation) DO UPDATE SET lease_until = excluded.lease_until
+"""
+_INSERT = """
+INSERT INTO change_log_entries (change_id, owner, incarnation, object_path, new_revision, old_revision)
+VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (change_id) DO NOTHING
+"""
+_CLAIM = """
+UPDATE change_log_entries SET owner = ?, incarnation = ?, claimed = 1
+WHERE incarnation <> ? AND NOT unreadable AND (
+    owner = ? AND sequence <= (SELECT since FROM change_log_instances WHERE incarnation = ?)
+    OR incarnation NOT IN (SELECT incarnation FROM change_log_instances WHERE boot = ? AND lease_until > ?)
+)
+"""
+_CLAIMED = """
+SELECT change_id, object_path, new_revision, old_revision FROM change_log_entries
+WHERE incarnation = ? AND claimed AND NOT unreadable ORDER BY sequence
+"""
+_FORGET = "DELETE FROM change_log_instances WHERE boot <> ? OR lease_until <= ?"
+
+
+def _change(change_id: str, path: str, new: str | None, old: str | None) -> Change:
+    return Change(
+        UUID(change_id),
+        ObjectId.parse(path),
+        None if new is None else Revision(new),
+        None if old is None else Revision(old),
+    )
+
+
+def _delete(connection: sqlite3.Connection, change_id: str) -> None:
+    connection.execute("DELETE FROM change_log_entries WHERE change_id = ?", (change_id,))
+
+
+def _set_aside(connection: sqlite3.Connection, change_ids: list[str]) -> None:
+    connection.executemany(
+        "UPDATE change_log_entries SET unreadable = 1 WHERE change_id = ?", [(change_id,) for change_id in change_ids]
+    )
+
+
+def _count(connection: sqlite3.Connection, owner: str) -> int:
+    found: tuple[int] = connection.execute(
+        "SELECT count(*) FROM change_log_entries WHERE owner = ? AND NOT unreadable", (owner,)
+    ).fetchone()
+    return found[0]
+
+
+def _leave(connection: sqlite3.Connection, incarnation: str) -> None:
+    connection.execute("DELETE FROM change_log_instances WHERE incarnation = ?", (incarnation,))
