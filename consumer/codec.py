@@ -895,9 +895,13 @@ def decode_response(value: bytes) -> dict[str, Any]:
     """
     at = len(RESPONSE_PREFIX) if value.startswith(RESPONSE_PREFIX) else 0
     _response_scanner()(value, at)
-    # Names only where a union has several records: ``result``, and no other.
-    naming = {"return_record_name": True, "return_record_name_override": True}
-    response: Any = fastavro.schemaless_reader(io.BytesIO(value[at:]), response_schema().parsed, None, **naming)
+    response: Any = fastavro.schemaless_reader(
+        io.BytesIO(value[at:]),
+        response_schema().parsed,
+        None,
+        return_record_name=True,
+        return_record_name_override=True,  # only where a union has several records: ``result``, and no other
+    )
     name, result = response["result"]
     response["result"] = {"type": name.rpartition(".")[2], **result}
     return dict(response)
