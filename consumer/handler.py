@@ -1,17 +1,20 @@
 """One operation, applied to storage: checked, executed, answered.
 
-1. **Check.** Metadata of an insert, the object id (context, key, path length). A rule that is broken is
-   ``InvalidMetadata`` or ``InvalidOperation``, and storage is never reached.
+1. **Check.** Metadata of an insert, the object id (context, key, path length), the size of the payload. A rule that is
+   broken is ``InvalidMetadata``, ``InvalidOperation`` or ``TooLarge``, and storage is never reached.
 2. **Execute** with the one storage call that belongs to the kind: insert → put, get → get, head → head,
-   delete → delete (EXE-18). An insert without a key gets a random one (OP-12); a payload given by reference is opened
-   first.
+   delete → delete (EXE-18). An insert without a key has been given a random one (:func:`with_key`, OP-12); a payload
+   given by reference is opened first.
 3. **Answer.** A missing object is a success with nothing in it (OP-8). A failure is raised.
-4. **Again**, with a retry policy only, and only where the error says it is retriable: after a jittered wait, with the
+4. **Too late.** An attempt that runs into its time limit is cancelled and *waited for*: only when it has really ended
+   it counts as failed, with ``OperationTimeout``; if it ends with a response after all, that is the answer. The limit
+   is armed when an attempt first suspends, so one that does not suspend has no timer.
+5. **Again**, with a retry policy only, and only where the error says it is retriable: after a jittered wait, with the
    same key and a payload that is opened anew. Attempts used up: ``answer`` raises the last error; ``block`` goes on for
    ever at the longest wait, and says so to ``on_blocked`` until no operation is blocked any more.
 
-Whoever applies an operation keeps its permit, and its turn among the operations on that object, until ``apply`` has
-returned: nothing that was started here goes on afterwards.
+Whoever applies an operation keeps its permit, and its turn among the operations on that object, until it has ended
+here: nothing that was started goes on afterwards, as far as storage keeps that promise (:class:`Storage`).
 
 :func:`failure_of` is the one place that turns whatever an operation raised into the error of its outcome, and logs it.
 """
@@ -21,12 +24,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 from uuid import uuid4
 
-from consumer.errors import InvalidOperation, OperationDropped, OperationPanic, ReferenceFailure, TierstreamError
+from consumer.errors import (
+    InvalidOperation,
+    OperationDropped,
+    OperationPanic,
+    OperationTimeout,
+    ReferenceFailure,
+    TierstreamError,
+    TooLarge,
+)
 from consumer.ids import ObjectId
 from consumer.log import get_logger
 from consumer.operations import (
@@ -52,7 +63,11 @@ log = get_logger(__name__)
 
 
 class Storage(Protocol):
-    """What an operation needs of storage; ``join`` is optional and not asked for here."""
+    """What an operation needs of storage; ``join`` is optional and not asked for here.
+
+    Cancellation (all methods): the call ends when its work has ended, so that nothing of it can take effect after a
+    later call on the same object.
+    """
 
     async def put(self, object_id: ObjectId, metadata: Metadata, payload: Payload, /) -> Metadata:
         """Store an object and return its metadata as stamped."""
@@ -85,15 +100,18 @@ class References(Protocol):
         ...
 
 
-class Progress(Protocol):
-    """Where a retried operation tells how it fares; read by whoever wants to know why it takes so long."""
+class Progress:
+    """How one operation fares; written here, read by whoever wants to know why it takes so long."""
 
-    attempts: int
-    """Attempts made so far that failed."""
-    last_error: TierstreamError | None
-    """How the latest of them failed."""
-    blocked: bool
-    """True while attempts are used up and storage counts as unavailable."""
+    __slots__ = ("attempts", "blocked", "last_error")
+
+    def __init__(self) -> None:
+        self.attempts = 1
+        """Attempts begun, the present one included."""
+        self.last_error: TierstreamError | None = None
+        """How the latest attempt that failed did so."""
+        self.blocked = False
+        """True while the attempts are used up and storage counts as unavailable."""
 
 
 class Handler:
@@ -102,9 +120,10 @@ class Handler:
     Args:
         storage: Where objects are.
         references: Opens payload references; None refuses them all.
-        retry: None makes a single attempt.
+        retry: None makes a single attempt, without a time limit.
         on_blocked: Called with True when the first operation has used up its attempts and goes on trying, with False
             when none does any more. Must not raise.
+        object_bytes_max: Largest payload of an insert, in bytes; None = no limit.
         sleep: Waits a number of seconds.
         jitter: Draws evenly from 0 to 1.
     """
@@ -116,107 +135,157 @@ class Handler:
         references: References | None = None,
         retry: RetryPolicy | None = None,
         on_blocked: Callable[[bool], None] | None = None,
+        object_bytes_max: int | None = None,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.started: dict[Kind, int] = {"insert": 0, "get": 0, "delete": 0, "head": 0}
-        """Operations ever started, by kind; attempts of one operation count once (MET-1)."""
         self.blocked = 0
         """Operations now that have used up their attempts and go on trying."""
         self._storage = storage
         self._references = references
         self._retry = retry
         self._on_blocked = on_blocked
+        self._object_bytes_max = object_bytes_max
         self._sleep = sleep
         self._jitter = jitter
-        self._once = self if retry is None else Handler(storage, references=references)
 
     async def apply(self, operation: Operation, progress: Progress | None = None) -> OpResponse:
-        """Check and execute *operation*; *progress* hears of failed attempts.
+        """Check and execute *operation* with all its attempts; *progress* hears how they fare.
 
         Raises:
-            InvalidMetadata, InvalidOperation: a rule is broken; storage was not reached.
+            InvalidMetadata, InvalidOperation, TooLarge: a rule is broken; storage was not reached.
             ReferenceFailure: the payload reference cannot be used.
+            OperationTimeout: the last attempt took too long; the effect is unknown.
             Exception: whatever storage raised; the effect of that is storage's to describe.
 
         Cancellation: reaches storage, whose contract says what that leaves behind; no further attempt is made.
         """
-        object_id: ObjectId | None = None
+        operation = with_key(operation)
+        return await self.finish(operation, self.attempt(operation), Progress() if progress is None else progress)
+
+    async def attempt(self, operation: Operation) -> OpResponse:
+        """Check and execute *operation*, which has a key, once and without a time limit.
+
+        Raises:
+            Exception: as :meth:`apply`.
+
+        Cancellation: as :meth:`apply`.
+        """
+        match operation:
+            case Insert(context=context, key=key, metadata=metadata, payload=payload):
+                metadata.validate()
+                object_id = ObjectId(context, key or "")
+                if isinstance(payload, bytes):
+                    self._check_size(len(payload))
+                    return Inserted(object_id, await self._storage.put(object_id, metadata, payload))
+                return Inserted(object_id, await self._put_by_reference(object_id, metadata, payload))
+            case Get():
+                object_id = ObjectId(operation.context, operation.key)
+                return Got(object_id.key, await self._storage.get(object_id))
+            case Delete():
+                object_id = ObjectId(operation.context, operation.key)
+                await self._storage.delete(object_id)
+                return Deleted(object_id.key)
+            case Head():
+                object_id = ObjectId(operation.context, operation.key)
+                return Headed(object_id.key, await self._storage.head(object_id))
+        raise not_an_operation(operation)
+
+    async def finish(self, operation: Operation, attempt: Awaitable[OpResponse], progress: Progress) -> OpResponse:
+        """Wait for *attempt*, the first one at *operation*, for as long as it may take; try again where that helps.
+
+        Raises:
+            Exception: as :meth:`apply`.
+
+        Cancellation: as :meth:`apply`.
+        """
         try:
-            match operation:
-                case Insert():
-                    self.started["insert"] += 1
-                    operation.metadata.validate()
-                    key = operation.key
-                    object_id = ObjectId(operation.context, str(uuid4()) if key is None else key)
-                    payload = operation.payload
-                    if isinstance(payload, bytes):
-                        return Inserted(object_id, await self._storage.put(object_id, operation.metadata, payload))
-                    return Inserted(object_id, await self._put_by_reference(object_id, operation.metadata, payload))
-                case Get():
-                    self.started["get"] += 1
-                    object_id = ObjectId(operation.context, operation.key)
-                    return Got(object_id.key, await self._storage.get(object_id))
-                case Delete():
-                    self.started["delete"] += 1
-                    object_id = ObjectId(operation.context, operation.key)
-                    await self._storage.delete(object_id)
-                    return Deleted(object_id.key)
-                case Head():
-                    self.started["head"] += 1
-                    object_id = ObjectId(operation.context, operation.key)
-                    return Headed(object_id.key, await self._storage.head(object_id))
-            raise not_an_operation(operation)
+            return await self._in_time(attempt)
         except TierstreamError as error:
-            if self._retry is None or object_id is None or not error.retriable:
+            if not self.tries_again(error):
                 raise
             failed = error
-        if isinstance(operation, Insert):
-            operation = replace(operation, key=object_id.key)
-        return await self._again(operation, failed, self._retry, progress)
+        return await self.again(operation, failed, progress)
+
+    def tries_again(self, error: BaseException) -> bool:
+        """Tell whether an attempt that raised *error* is followed by another one."""
+        return self._retry is not None and isinstance(error, TierstreamError) and error.retriable
+
+    async def again(self, operation: Operation, failed: TierstreamError, progress: Progress) -> OpResponse:
+        """Make the attempts after the first one, which *failed* with an error that is retriable.
+
+        Raises:
+            Exception: as :meth:`apply`.
+
+        Cancellation: as :meth:`apply`.
+        """
+        retry = self._retry
+        if retry is None:
+            raise failed
+        with contextlib.ExitStack() as unblock:
+            while True:
+                progress.last_error = failed
+                if progress.attempts == retry.attempts:
+                    if retry.exhausted == "answer":
+                        raise failed
+                    unblock.enter_context(self._blocking(operation, failed, progress))
+                await self._sleep(retry.backoff(progress.attempts, self._jitter()))
+                progress.attempts += 1
+                try:
+                    return await self._in_time(self.attempt(operation))
+                except TierstreamError as error:
+                    if not error.retriable:
+                        raise
+                    failed = error
+
+    async def _in_time(self, attempt: Awaitable[OpResponse]) -> OpResponse:
+        """Wait for *attempt*; past the time limit cancel it and wait until it has ended."""
+        if self._retry is None or self._retry.attempt_timeout_seconds is None:
+            return await attempt
+        seconds = self._retry.attempt_timeout_seconds
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                return await attempt
+        except TimeoutError as error:
+            if not limit.expired():  # storage's own
+                raise
+            raise OperationTimeout(f"no answer from storage within {seconds:g} seconds") from error
+
+    def _check_size(self, size: int) -> None:
+        if self._object_bytes_max is not None and size > self._object_bytes_max:
+            raise TooLarge(f"an object has at most {self._object_bytes_max} bytes")
 
     async def _put_by_reference(self, object_id: ObjectId, metadata: Metadata, reference: object) -> Metadata:
         if not isinstance(reference, PayloadReference):
             raise InvalidOperation("a payload is bytes or a reference")
         if self._references is None:
             raise ReferenceFailure("payload references are not allowed", code="reference_denied")
+        self._check_size(reference.size or 0)
         payload = await self._references.open(reference)
         try:
-            return await self._storage.put(object_id, metadata, payload)
+            if isinstance(payload, bytes):
+                self._check_size(len(payload))
+                return await self._storage.put(object_id, metadata, payload)
+            return await self._storage.put(object_id, metadata, self._bounded(payload))
         finally:
             aclose = getattr(payload, "aclose", None)
             if aclose is not None:
                 await aclose()
 
-    async def _again(
-        self, operation: Operation, failed: TierstreamError, retry: RetryPolicy, progress: Progress | None
-    ) -> OpResponse:
-        """Make the attempts after the first one, which *failed*."""
-        attempts = 0
-        with contextlib.ExitStack() as unblock:
-            while True:
-                attempts += 1
-                if progress is not None:
-                    progress.attempts = attempts
-                    progress.last_error = failed
-                if attempts == retry.attempts:
-                    if retry.exhausted == "answer":
-                        raise failed
-                    unblock.enter_context(self._blocking(operation, failed, progress))
-                await self._sleep(retry.backoff(attempts, self._jitter()))
-                try:
-                    return await self._once.apply(operation)
-                except TierstreamError as error:
-                    if not error.retriable:
-                        raise
-                    failed = error
+    async def _bounded(self, chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+        """Pass *chunks* on as long as they are not too large together."""
+        size = 0
+        async for chunk in chunks:
+            size += len(chunk)
+            self._check_size(size)
+            yield chunk
 
     @contextlib.contextmanager
-    def _blocking(self, operation: Operation, failed: TierstreamError, progress: Progress | None) -> Iterator[None]:
+    def _blocking(self, operation: Operation, failed: TierstreamError, progress: Progress) -> Iterator[None]:
         """Count an operation that goes on trying for ever, as long as it does."""
         self.blocked += 1
-        if progress is not None:
-            progress.blocked = True
+        progress.blocked = True
         if self.blocked == 1:
             log.warning("storage unavailable, trying on", kind=operation.kind, code=failed.code, error=str(failed))
             if self._on_blocked is not None:
@@ -225,12 +294,21 @@ class Handler:
             yield
         finally:
             self.blocked -= 1
-            if progress is not None:
-                progress.blocked = False
+            progress.blocked = False
             if self.blocked == 0:
                 log.warning("no operation waits for storage any more")
                 if self._on_blocked is not None:
                     self._on_blocked(False)
+
+
+def with_key(operation: Operation) -> Operation:
+    """Return *operation*, with a random UUIDv4 as its key where it is an insert that has none (OP-12).
+
+    Done once, before the first attempt: later ones must write the same object.
+    """
+    if isinstance(operation, Insert) and operation.key is None:
+        return replace(operation, key=str(uuid4()))
+    return operation
 
 
 def not_an_operation(thing: object) -> InvalidOperation:

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from consumer.errors import AtCapacity
 
@@ -241,15 +241,15 @@ class ConcurrencyLimiter:
             if idle in self._idle_waiters:
                 self._idle_waiters.remove(idle)
 
-    async def _acquire_one(self, timeout: float) -> Reservation:
+    async def _acquire_one(self, patience: float) -> Reservation:
         if self.available > 0:
             return self._grant(1)
-        if self.limit == 0 or self.queued >= self.queue or not timeout > 0:
+        if self.limit == 0 or self.queued >= self.queue or not patience > 0:
             raise self._rejection()
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Reservation] = loop.create_future()
         self._waiters.append(waiter)
-        timer = None if math.isinf(timeout) else loop.call_later(timeout, self._time_out, waiter)
+        timer = None if math.isinf(patience) else loop.call_later(patience, self._time_out, waiter)
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -291,7 +291,7 @@ class ConcurrencyLimiter:
 
     def _give_back_from_anywhere(self, count: int) -> None:
         """As :meth:`_give_back`, for the garbage collector, which runs on any thread at any time."""
-        waiting = [*self._waiters, *self._idle_waiters]
+        waiting: list[asyncio.Future[Any]] = [*self._waiters, *self._idle_waiters]
         if not waiting:
             self.released_total += count
             return
@@ -361,7 +361,7 @@ class Reservation:
             self.permits = to
             self._limiter._give_back(surplus)  # noqa: SLF001 - the limiter's own other half
 
-    def __enter__(self) -> Reservation:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -369,7 +369,7 @@ class Reservation:
     ) -> None:
         self.release()
 
-    async def __aenter__(self) -> Reservation:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

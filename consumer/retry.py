@@ -7,6 +7,8 @@ window fail together when storage fails: with a common floor they would all come
 When ``attempts`` are used up, ``exhausted`` decides: ``answer`` = the last error is the outcome; ``block`` = storage
 counts as unavailable and the operation is tried again for ever, its permit held: back-pressure instead of a flood of
 failures (contract 6).
+
+An attempt that takes longer than ``attempt_timeout_seconds`` has failed, retriably.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class RetryPolicy:
     """How often an operation is tried, and what happens then.
 
     Raises:
-        ValueError: fewer than 1 attempt, or not ``0 <= initial_seconds <= max_seconds``.
+        ValueError: fewer than 1 attempt, not ``0 <= initial_seconds <= max_seconds``, or an attempt that may take no
+            time at all.
     """
 
     attempts: int = 3
@@ -36,12 +39,16 @@ class RetryPolicy:
     """Longest wait of all."""
     exhausted: Exhausted = "block"
     """What follows the last attempt."""
+    attempt_timeout_seconds: float | None = 20.0
+    """Longest time of one attempt, waits between attempts not included; None = no limit."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise ValueError(f"at least 1 attempt is made, not {self.attempts}")
         if not 0 <= self.initial_seconds <= self.max_seconds:
             raise ValueError(f"waits are 0 <= initial <= max: {self.initial_seconds}, {self.max_seconds}")
+        if self.attempt_timeout_seconds is not None and not self.attempt_timeout_seconds > 0:
+            raise ValueError(f"an attempt may take more than 0 seconds, not {self.attempt_timeout_seconds}")
 
     def backoff(self, failed: int, jitter: float) -> float:
         """Return the seconds to wait after the attempt number *failed*.

@@ -1,0 +1,596 @@
+"""The streaming executor: operations in, outcomes out, at most *window* between them, under one reservation.
+
+One *execution* turns (index, operation or error) into (index, response or error), each exactly once:
+
+1. **Pull.** One task, the *puller*, advances the input, and only while the consumer waits for an outcome and fewer than
+   *window* items are pulled and not yet yielded. An error goes straight to the outcomes; an operation becomes *ready*.
+   (Where the consumer stops waiting while the input itself is waited for, that one item still arrives.)
+2. **Start.** *Runners* take ready operations in input order. One that does not suspend is followed by the next one in
+   the same step of the same task: no task, no future, no object for it. A runner whose operation suspends calls two
+   others if anything is left to start, so that runners double for as long as operations suspend; nothing that is
+   ready ever waits for something suspended. Runners are made when needed, parked when idle and used again; the window
+   bounds them.
+3. **Finish.** Whatever an operation did becomes its outcome (:func:`consumer.handler.failure_of`), in order of
+   completion, and the consumer is woken.
+4. **Yield.** Only yielding frees a place in the window. When the consumer has half the window to itself, the puller is
+   let in before the next outcome is handed over, so that storage is kept busy while outcomes are consumed.
+5. **End.** Input over and everything yielded: the permits are released, then the output ends, with the exception the
+   input raised, if it did.
+
+**Stop** (``aclose``, or the output is forgotten): nothing more is pulled, nothing that waits for its turn begins, no
+outcome is kept. Operations that were ready or running go on to their end; after the last one the permits come back.
+
+**Turns**, for the ordering ``key``: a running operation that suspends holds the turn of its object. One on the same
+object that becomes ready meanwhile waits in a chain, in input order, and in its place in the window; each passes the
+turn on when it has finished. An operation that never suspends needs no turn.
+
+**Cancelled.** Cancelling what an operation runs in gives ``OperationDropped`` for that index alone; the runner ends and
+is replaced. ``KeyboardInterrupt`` and ``SystemExit``, or a defect of this module, stop the execution; they are raised
+to the consumer once the permits are back.
+
+All of it belongs to one event loop. An operation sees a task that others have used before: what it sets in context
+variables stays there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import types
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Coroutine, Generator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, TypeVar
+
+from consumer.errors import TierstreamError
+from consumer.handler import Handler, Progress, failure_of, not_an_operation, with_key
+from consumer.ids import ObjectContext
+from consumer.operations import Delete, Get, Head, Insert, Operation, OpResponse
+from consumer.permits import Reservation
+
+if TYPE_CHECKING:
+    from consumer.metrics import OperationCounts  # it needs prometheus_client, which the executor does not
+
+Ordering: TypeAlias = Literal["unordered", "key", "partition"]
+Item: TypeAlias = tuple[int, Operation | Exception]
+Outcome: TypeAlias = tuple[int, OpResponse | Exception]
+
+ORDERINGS: Final = ("unordered", "key", "partition")
+
+_OPERATIONS: Final = (Insert, Get, Delete, Head)
+_CALLED_ON_SUSPENSION: Final = 2
+"""Runners called by one whose operation suspended: with 1, a window of n suspending operations would take n turns of
+the event loop to start; with 2 it takes log2(n), and at most twice as many are called as operations suspend."""
+
+_Object: TypeAlias = tuple[ObjectContext, str | None]
+_T = TypeVar("_T")
+
+
+async def _raising(error: BaseException) -> OpResponse:
+    """Raise *error* when awaited."""
+    raise error
+
+
+def _wake(parked: asyncio.Future[None]) -> None:
+    """Let whoever awaits *parked* go on; nothing where it has been cancelled."""
+    if not parked.done():
+        parked.set_result(None)
+
+
+@types.coroutine
+def _resumed(started: Coroutine[Any, Any, _T], awaited: Any) -> Generator[Any, Any, _T]:
+    """Go on with a coroutine whose first step was made by hand and ended waiting for *awaited*."""
+    try:
+        yield awaited
+    except GeneratorExit:
+        started.close()
+        raise
+    except BaseException as thrown:  # noqa: BLE001 - as `yield from` does: it is the coroutine's to handle
+        try:
+            awaited = started.throw(thrown)
+        except StopIteration as done:
+            result: _T = done.value
+            return result
+        return (yield from _resumed(started, awaited).__await__())
+    return (yield from started.__await__())
+
+
+class _Running(Progress):
+    """An operation that has begun and suspended."""
+
+    __slots__ = ("index", "operation", "started")
+
+    def __init__(self, index: int, operation: Operation, started: float) -> None:
+        super().__init__()
+        self.index = index
+        self.operation = operation
+        self.started = started
+
+
+@dataclass(frozen=True, slots=True)
+class OldestOperation:
+    """The operation of an execution that has been running longest."""
+
+    index: int
+    kind: str
+    key: str | None
+    age_seconds: float
+    attempts: int
+    """Attempts begun, the present one included."""
+    last_error: TierstreamError | None
+    """How the latest attempt that failed did so."""
+
+
+class StreamExecutor:
+    """Runs one stream of operations under one reservation; made by ``StorageService.stream``.
+
+    Forgetting it un-run returns the permits, with a ``ResourceWarning``; ``async with`` returns them in order.
+
+    Args:
+        handler: Applies operations.
+        reservation: The window: all its permits, fixed; this object becomes their owner.
+        ordering: ``unordered``; ``key`` = operations on one object (context and key) run one after the other in input
+            order and their outcomes are yielded in that order; ``partition`` = a reservation of one permit, so
+            strictly one at a time.
+        counts: Counts operations by kind; None counts nothing.
+
+    Raises:
+        ValueError: an unknown *ordering*.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        reservation: Reservation,
+        *,
+        ordering: Ordering = "unordered",
+        counts: Mapping[str, OperationCounts] | None = None,
+    ) -> None:
+        check_ordering(ordering)
+        self._window = reservation.permits
+        self._execution = _Execution(handler, reservation, by_key=ordering == "key", counts=counts)
+        self._executed = False
+
+    @property
+    def window(self) -> int:
+        """Most items pulled and not yet yielded; fixed."""
+        return self._window
+
+    @property
+    def in_flight(self) -> int:
+        """Operations running now; those that wait for their turn are not among them."""
+        return self._execution.in_flight
+
+    def oldest(self) -> OldestOperation | None:
+        """Return the operation that has been running longest, None where none runs."""
+        return self._execution.oldest()
+
+    def execute(self, inputs: AsyncIterable[Item]) -> AsyncIterator[Outcome]:
+        """Execute *inputs* and return their outcomes, an asynchronous iterator with ``aclose``; nothing begins yet.
+
+        Every item gives one outcome, with the same index, in order of completion. Errors pass through unchanged; what
+        is neither an operation nor an exception gives ``InvalidOperation``. An exception in one operation is the
+        outcome of that one alone. What *inputs* itself raises is raised after all outcomes. *inputs* is advanced by one
+        task, which is cancelled where it waits when the output is closed; closing it is its owner's.
+
+        Raises:
+            RuntimeError: executed before, or closed.
+            TypeError: *inputs* is not asynchronously iterable.
+        """
+        if self._executed:
+            raise RuntimeError("an executor executes once")
+        if self._execution.stopped:
+            raise RuntimeError("the executor is closed")
+        output = _Output(self._execution, aiter(inputs))
+        self._executed = True
+        return output
+
+    async def aclose(self) -> None:
+        """Stop pulling at once and return without waiting; the permits come back after the last operation in flight.
+
+        Never run: they come back now. Calling it again does nothing.
+        """
+        self._execution.stop()
+
+    def shrink_to_running(self) -> None:
+        """Give back the permits beyond those of the operations that still run; for a drain deadline, after ``aclose``.
+
+        The rest comes back together, after the last of these.
+
+        Raises:
+            RuntimeError: not closed, so that more operations may begin.
+        """
+        self._execution.shrink()
+
+    async def wait_finished(self) -> None:
+        """Wait until no operation is in flight.
+
+        Cancellation: leaves nothing behind.
+        """
+        await self._execution.wait_finished()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def check_ordering(ordering: str) -> None:
+    """Check the name of an ordering.
+
+    Raises:
+        ValueError: it is none of :data:`ORDERINGS`.
+    """
+    if ordering not in ORDERINGS:
+        raise ValueError(f"ordering is one of {', '.join(ORDERINGS)}, not {ordering!r}")
+
+
+class _Output:
+    """The consumer's end of an execution. Nothing of the execution refers to it, so that forgetting it is noticed."""
+
+    __slots__ = ("_execution", "_inputs")
+
+    def __init__(self, execution: _Execution, inputs: AsyncIterator[Item]) -> None:
+        self._execution = execution
+        self._inputs = inputs
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Awaitable[Outcome]:
+        """Return the next outcome.
+
+        Cancellation: loses no outcome; operations in flight go on.
+        """
+        return self._execution.next_outcome(self._inputs)
+
+    async def aclose(self) -> None:
+        """As :meth:`StreamExecutor.aclose`."""
+        self._execution.stop()
+
+    def __del__(self) -> None:
+        self._execution.forget()
+
+
+class _Execution:
+    """The state of one execution, shared by its puller, its runners and its consumer."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        reservation: Reservation,
+        *,
+        by_key: bool,
+        counts: Mapping[str, OperationCounts] | None,
+    ) -> None:
+        self._handler = handler
+        self._reservation = reservation
+        self._window = reservation.permits
+        self._by_key = by_key
+        self._counts = counts
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+        self._outstanding = 0
+        """Items pulled and not yet yielded: at most the window."""
+        self._ready: deque[tuple[int, Operation]] = deque()
+        """Pulled, to be started, in input order."""
+        self._turns: deque[tuple[_Object, tuple[int, Operation]]] = deque()
+        """To be started first: each holds the turn of its object."""
+        self._chains: dict[_Object, deque[tuple[int, Operation]]] = {}
+        """For each object whose turn is held: the operations that wait for it, in input order."""
+        self._running: dict[_Running, None] = {}
+        """Begun and suspended, in order of their start."""
+        self._outcomes: deque[Outcome] = deque()
+
+        self._puller: asyncio.Task[None] | None = None
+        self._puller_parked: asyncio.Future[None] | None = None
+        self._runners: set[asyncio.Task[None]] = set()
+        self._runners_parked: list[asyncio.Future[None]] = []
+        self._consumer: asyncio.Future[None] | None = None
+        """What the consumer waits on while there is no outcome."""
+        self._consuming = False
+        self._finish_waiters: list[asyncio.Future[None]] = []
+
+        self._input_over = False
+        self._input_error: BaseException | None = None
+        self._fatal: BaseException | None = None
+        self.stopped = False
+        """True once nothing more is pulled or yielded."""
+        self._ended = False
+        """True once the permits are back."""
+
+    # ------------------------------------------------------------------------------------------ consumer
+
+    async def next_outcome(self, inputs: AsyncIterator[Item]) -> Outcome:
+        """Return the next outcome, pulling *inputs* while waiting for it."""
+        outcomes = self._outcomes
+        # Usually more than half of the window is in use, or the puller has nothing to do: nothing to wait for.
+        if not outcomes or (self._puller_parked is not None and self._outstanding * 2 <= self._window):
+            await self._pull_and_wait(inputs)
+        self._outstanding -= 1
+        return outcomes.popleft()
+
+    async def _pull_and_wait(self, inputs: AsyncIterator[Item]) -> None:
+        """Let the puller in; return when there is an outcome to be yielded, raise when there will be none."""
+        if self._consuming:
+            raise RuntimeError("the output is already being waited for")
+        self._consuming = True
+        try:
+            if self._puller is None and not self.stopped:
+                self._loop = asyncio.get_running_loop()
+                self._puller = self._loop.create_task(self._pull(inputs))
+            elif self._puller_parked is not None and self._outstanding < self._window:
+                _wake(self._puller_parked)
+                self._puller_parked = None
+            if self._outcomes:
+                # Callbacks run in the order they were registered in, so the puller has its turn before this goes on.
+                await asyncio.sleep(0)
+            while not self._outcomes:
+                if self._is_over():
+                    self._end()
+                self._consumer = asyncio.get_running_loop().create_future()
+                await self._consumer
+        finally:
+            self._consuming = False
+            self._consumer = None
+
+    def _is_over(self) -> bool:
+        if self._fatal is not None:
+            return self._ended
+        return self.stopped or (self._input_over and self._outstanding == 0)
+
+    def _end(self) -> None:
+        """Release the permits, then end the output."""
+        error = self._fatal
+        self._fatal = None
+        if not self.stopped:
+            error = self._input_error
+            self.stop()
+        if error is not None:
+            raise error
+        raise StopAsyncIteration
+
+    def _call_consumer(self) -> None:
+        if self._consumer is not None:
+            _wake(self._consumer)
+            self._consumer = None
+
+    # ------------------------------------------------------------------------------------------ puller
+
+    async def _pull(self, inputs: AsyncIterator[tuple[int, object]]) -> None:
+        """Advance the input whenever the consumer waits and the window has room, until it ends."""
+        pull, ready, outcomes, window = inputs.__anext__, self._ready, self._outcomes, self._window
+        try:
+            while True:
+                while self._consuming and self._outstanding < window:
+                    index, thing = await pull()
+                    if self.stopped:
+                        return
+                    self._outstanding += 1
+                    if isinstance(thing, _OPERATIONS):
+                        if not ready:
+                            self._call_runner()
+                        ready.append((index, with_key(thing)))
+                    else:
+                        outcomes.append((index, thing if isinstance(thing, Exception) else not_an_operation(thing)))
+                        self._call_consumer()
+                self._puller_parked = asyncio.get_running_loop().create_future()
+                await self._puller_parked
+        except StopAsyncIteration:
+            pass
+        except GeneratorExit:  # the event loop is gone
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised to the consumer, after the outcomes
+            if not self.stopped:
+                self._input_error = error
+        self._input_over = True
+        self._puller_parked = None
+        self._call_consumer()
+
+    # ------------------------------------------------------------------------------------------ runners
+
+    def _call_runner(self) -> None:
+        """Have a parked runner look for operations, or a new one where the window allows."""
+        while self._runners_parked:
+            parked = self._runners_parked.pop()
+            if not parked.done():
+                parked.set_result(None)
+                return
+        if len(self._runners) < self._window:
+            self._runners.add(asyncio.get_running_loop().create_task(self._run()))
+
+    async def _run(self) -> None:
+        """Run what is ready, park while nothing is, until the execution has ended."""
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            while not self._ended:
+                await self._run_ready(task)
+                if task.cancelling():
+                    break
+                if not self._ended:
+                    parked = asyncio.get_running_loop().create_future()
+                    self._runners_parked.append(parked)
+                    await parked
+        except asyncio.CancelledError:
+            pass  # while parked; what called it before is passed on below
+        except GeneratorExit:  # the event loop is gone
+            raise
+        except BaseException as error:
+            closed, self._fatal = self.stopped, error
+            self.stop()
+            self._ready.clear()
+            self._turns.clear()
+            if closed:  # no consumer is left to be told
+                raise
+        finally:
+            self._runners.discard(task)
+        if self._ready or self._turns:
+            self._call_runner()
+        else:
+            self._nothing_ready()
+
+    async def _run_ready(self, task: asyncio.Task[Any]) -> None:  # noqa: C901, PLR0912 - the hot path: calls cost most
+        """Run operations until nothing is ready or *task* has been cancelled."""
+        ready, turns, chains, outcomes = self._ready, self._turns, self._chains, self._outcomes
+        handler, counts = self._handler, self._counts
+        key: _Object | None
+        outcome: OpResponse | TierstreamError
+        began = 0.0
+        while True:
+            if turns:
+                key, (index, operation) = turns.popleft()
+            elif ready:
+                key = None
+                index, operation = item = ready.popleft()
+                if chains:
+                    waiting = chains.get((operation.context, operation.key))
+                    if waiting is not None:
+                        waiting.append(item)
+                        continue
+            else:
+                self._nothing_ready()
+                return
+            if counts is not None:
+                counts[operation.kind].started += 1
+                began = time.perf_counter()
+            rest: Awaitable[OpResponse] | None = None
+            attempt = handler.attempt(operation)
+            try:
+                awaited = attempt.send(None)
+            except StopIteration as done:
+                outcome = done.value
+            except BaseException as error:  # noqa: BLE001 - raised again below, where it becomes the outcome
+                rest = _raising(error)
+            else:
+                rest = _resumed(attempt, awaited)
+            if rest is not None:
+                if self._by_key and key is None:
+                    key = (operation.context, operation.key)
+                    chains[key] = deque()
+                outcome = await self._finish(index, operation, rest)
+            if key is not None:
+                self._pass_turn(key)
+            if counts is not None:
+                counting = counts[operation.kind]
+                distribution = counting.error if isinstance(outcome, Exception) else counting.success
+                distribution.observe(time.perf_counter() - began)
+            if not self.stopped:
+                outcomes.append((index, outcome))
+                if self._consumer is not None:
+                    self._call_consumer()
+            if rest is not None and task.cancelling():
+                return
+
+    async def _finish(
+        self, index: int, operation: Operation, rest: Awaitable[OpResponse]
+    ) -> OpResponse | TierstreamError:
+        """Run the *rest* of an operation that has suspended, or failed and is tried again; others start meanwhile."""
+        running = _Running(index, operation, time.monotonic())
+        self._running[running] = None
+        for _ in range(min(len(self._ready) + len(self._turns), _CALLED_ON_SUSPENSION)):
+            self._call_runner()
+        try:
+            return await self._handler.finish(operation, rest, running)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):  # no outcome
+            raise
+        except BaseException as error:  # noqa: BLE001 - anything else is the outcome of this operation alone
+            return failure_of(operation.kind, error)
+        finally:
+            del self._running[running]
+
+    def _pass_turn(self, key: _Object) -> None:
+        """Give the turn of an object to the operation that waits for it longest."""
+        waiting = self._chains[key]
+        if waiting and not self.stopped:
+            self._turns.append((key, waiting.popleft()))
+        else:
+            del self._chains[key]
+
+    # ------------------------------------------------------------------------------------------ end
+
+    def stop(self) -> None:
+        """Pull, yield and begin nothing more; the permits come back when nothing runs."""
+        if self.stopped:
+            return
+        self.stopped = True
+        self._outcomes.clear()
+        for waiting in self._chains.values():
+            waiting.clear()
+        if self._puller is not None:
+            self._puller.cancel()
+        self._call_consumer()
+        if not self._ready and not self._turns:
+            self._nothing_ready()
+
+    def _nothing_ready(self) -> None:
+        """Where nothing runs either: tell those who wait for it; once stopped, release the permits, end the runners."""
+        if self._running:
+            return
+        for waiter in self._finish_waiters:
+            _wake(waiter)
+        self._finish_waiters.clear()
+        if not self.stopped:
+            return
+        self._ended = True
+        self._reservation.release()
+        for parked in self._runners_parked:
+            _wake(parked)
+        self._runners_parked.clear()
+        self._call_consumer()
+
+    def forget(self) -> None:
+        """Stop, called by the garbage collector: on any thread, with or without an event loop."""
+        loop = self._loop
+        if self.stopped:
+            return
+        if loop is None or asyncio._get_running_loop() is loop:  # noqa: SLF001 - documented; it does not raise
+            self.stop()
+        elif not loop.is_closed():
+            loop.call_soon_threadsafe(self.stop)
+        else:
+            self.stopped = True
+            self._reservation.release()
+
+    # ------------------------------------------------------------------------------------------ questions
+
+    @property
+    def in_flight(self) -> int:
+        """Operations running now."""
+        return len(self._running)
+
+    def oldest(self) -> OldestOperation | None:
+        """Return the operation that has been running longest."""
+        for running in self._running:
+            operation = running.operation
+            return OldestOperation(
+                index=running.index,
+                kind=operation.kind,
+                key=operation.key,
+                age_seconds=time.monotonic() - running.started,
+                attempts=running.attempts,
+                last_error=running.last_error,
+            )
+        return None
+
+    def shrink(self) -> None:
+        """Give back the permits nobody uses any more."""
+        if not self.stopped:
+            raise RuntimeError("the executor is not closed")
+        self._reservation.shrink(len(self._running) + len(self._ready) + len(self._turns))
+
+    async def wait_finished(self) -> None:
+        """Wait until nothing is in flight."""
+        while self._running or self._ready or self._turns:
+            waiter = asyncio.get_running_loop().create_future()
+            self._finish_waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in self._finish_waiters:
+                    self._finish_waiters.remove(waiter)
+
