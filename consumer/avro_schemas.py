@@ -201,9 +201,7 @@ class _Gate:
             )
         if isinstance(parsed, str):
             return self._name(parsed)
-        kind = parsed["type"]
-        if not isinstance(kind, str):
-            return self._walk(kind)
+        kind: str = parsed["type"]
         if kind in {"array", "map"}:
             return self._collection(kind, parsed)
         if kind in {"record", "error", "enum", "fixed"}:
