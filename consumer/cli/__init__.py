@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from consumer.cli import development, service
+from consumer.cli import development, records, service
 from consumer.cli.output import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, complain
 from consumer.errors import ConfigError, TierstreamError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 service.register(app)
+records.register(app)
 development.register(app)
 
 
@@ -50,7 +51,7 @@ def main() -> None:
         complain(str(failure), failure.hint)
         sys.exit(failure.exit_code)
     except TierstreamError as error:
-        complain(str(error))
+        complain(str(error), getattr(error, "hint", None))
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from consumer.cli.options import AsJson, Bootstrap, ConfigFile
+from consumer.cli.options import AsJson, Bootstrap, ConfigFile, configuration
+from consumer.cli.output import Failure, note, say, say_json
+
+if TYPE_CHECKING:
+    from consumer.config import Config
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(demo)
+    app.command()(broker)
     app.command()(bench)
 
 
@@ -29,30 +39,83 @@ def demo(
     """Stream real files through the whole service on an embedded broker, and check every response."""
     from consumer.demo import main
 
-    raise typer.Exit(main(source=source, records=records, wait=not no_wait, keep=keep, json=as_json))
+    raise typer.Exit(main(source=source, records=records, wait=not no_wait, keep=keep, as_json=as_json))
+
+
+def broker(
+    port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0 = any free port.")] = 9092,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", metavar="DIR", help="Where to keep data. Default: a temporary folder.")
+    ] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the embedded development broker in the foreground, with the topics of the configuration, until Ctrl-C.
+
+    Prints its address when it is up.
+    """
+    from consumer.broker import DevBroker
+    from consumer.config import load
+
+    with ExitStack() as stack:
+        _end_on_sigterm()
+        folder = data_dir or Path(stack.enter_context(TemporaryDirectory(prefix="tierstream-broker-")))
+        running = stack.enter_context(DevBroker(folder, port=port))
+        settings = load(
+            config, flags={"kafka.bootstrap_servers": running.bootstrap, "topics.replication_factor": 1}
+        )
+        topics = asyncio.run(_make_topics(settings))
+        if as_json:
+            say_json({"bootstrap": running.bootstrap, "topics": topics, "data_dir": str(folder)}, line=True)
+        else:
+            say(running.bootstrap)
+            note(f"topics: {', '.join(topics)}; Ctrl-C ends it")
+        code = running.wait()
+        raise Failure(f"the broker ended with {code}", f"see {running.log}")
+
+
+async def _make_topics(settings: Config) -> list[str]:
+    from consumer.kafka.topics import Cluster, ensure_topics, needed_topics
+
+    async with Cluster(settings) as cluster:
+        await ensure_topics(cluster, settings)
+    return sorted(needed_topics(settings))
+
+
+def _end_on_sigterm() -> None:
+    """Let SIGTERM end the command as Ctrl-C does, so that the broker is stopped and its folder removed."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def bench(
     config: ConfigFile = None,
     bootstrap: Bootstrap = None,
-    records: Annotated[int, typer.Option("--records", metavar="N", min=1, help="Records in all.")] = 100_000,
-    partitions: Annotated[int, typer.Option("--partitions", metavar="N", min=1, help="Partitions of the topic.")] = 4,
+    records: Annotated[int, typer.Option("--records", metavar="N", min=1, help="Records in all.")] = 200_000,
+    partitions: Annotated[int, typer.Option("--partitions", metavar="N", min=1, help="Partitions of the topic.")] = 8,
     payload_bytes: Annotated[
         int, typer.Option("--payload-bytes", metavar="N", min=0, help="Payload of each insert.")
-    ] = 100,
+    ] = 1024,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Times each side is measured.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the service against a bare client loop on the same broker; without --bootstrap on an embedded one."""
-    from consumer.bench import main
-    from consumer.config import load
+    """Measure the service against a bare client loop on the same broker.
 
-    raise typer.Exit(
-        main(
-            config=load(config) if config is not None else None,
-            bootstrap=bootstrap,
-            records=records,
-            partitions=partitions,
-            payload_bytes=payload_bytes,
-            json=as_json,
-        )
+    Without --config and --bootstrap on an embedded broker.
+    """
+    from consumer.bench import main
+
+    if bootstrap is None and config is not None:
+        bootstrap = ",".join(configuration(config).kafka.bootstrap_servers)
+    code = main(
+        bootstrap=bootstrap,
+        records=records,
+        partitions=partitions,
+        payload_bytes=payload_bytes,
+        rounds=rounds,
+        as_json=as_json,
     )
+    raise typer.Exit(code)

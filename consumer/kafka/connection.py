@@ -172,7 +172,7 @@ def ssl_context(kafka: Kafka) -> ssl.SSLContext:
     Raises:
         ConfigError: a file is missing, unreadable, or not what it should be; the text names the setting.
     """
-    context = _trusting(kafka.ssl_ca_file, "kafka.ssl_ca_file")
+    context = trusting(kafka.ssl_ca_file, "kafka.ssl_ca_file")
     if kafka.ssl_cert_file is not None:
         password = kafka.ssl_key_password.get() if kafka.ssl_key_password else ""
         try:
@@ -184,7 +184,12 @@ def ssl_context(kafka: Kafka) -> ssl.SSLContext:
     return context
 
 
-def _trusting(ca_file: Path | None, setting: str) -> ssl.SSLContext:
+def trusting(ca_file: Path | None, setting: str) -> ssl.SSLContext:
+    """Return a context that trusts *ca_file* and nobody else, or the system's authorities where it is None.
+
+    Raises:
+        ConfigError: the file cannot be used; the text names *setting*.
+    """
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except (OSError, ValueError) as error:
@@ -221,7 +226,7 @@ class OauthTokens(AbstractTokenProvider):
     def __init__(self, oauth: Oauth, ca_file: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._oauth = oauth
         self._clock = clock
-        context = _trusting(None, "")
+        context = ssl.create_default_context()
         if ca_file is not None:
             context.load_verify_locations(ca_file)
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.HTTPSHandler(context=context))
