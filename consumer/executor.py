@@ -148,25 +148,50 @@ class StreamExecutor:
         counts: Mapping[str, OperationCounts] | None = None,
     ) -> None:
         check_ordering(ordering)
-        self._window = reservation.permits
-        self._execution = _Execution(handler, reservation, by_key=ordering == "key", counts=counts)
+        self.window: Final = reservation.permits
+        """Most items pulled and not yet yielded; fixed."""
+        self._handler = handler
+        self._reservation = reservation
+        self._by_key = ordering == "key"
+        self._counts = counts
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._executed = False
 
-    @property
-    def window(self) -> int:
-        """Most items pulled and not yet yielded; fixed."""
-        return self._window
+        self._outstanding = 0
+        """Items pulled and not yet yielded: at most the window."""
+        self._ready: deque[tuple[int, Operation]] = deque()
+        """Pulled, to be started, in input order."""
+        self._turns: deque[tuple[_Object, tuple[int, Operation]]] = deque()
+        """To be started first: each holds the turn of its object."""
+        self._chains: dict[_Object, deque[tuple[int, Operation]]] = {}
+        """For each object whose turn is held: the operations that wait for it, in input order."""
+        self._running: dict[_Running, None] = {}
+        """Begun and suspended, in order of their start."""
+        self._outcomes: deque[Outcome] = deque()
+        """Finished, to be yielded."""
 
-    @property
-    def in_flight(self) -> int:
-        """Operations running now; those that wait for their turn are not among them."""
-        return self._execution.in_flight
+        self._puller: asyncio.Task[None] | None = None
+        self._puller_parked: asyncio.Future[None] | None = None
+        self._runners: set[asyncio.Task[None]] = set()
+        self._runners_parked: list[asyncio.Future[None]] = []
+        self._consumer: asyncio.Future[None] | None = None
+        """What the consumer waits on while there is no outcome."""
+        self._consuming = False
+        """True while the consumer waits for an outcome; only then anything is pulled."""
+        self._finish_waiters: list[asyncio.Future[None]] = []
 
-    def oldest(self) -> OldestOperation | None:
-        """Return the operation that has been running longest, None where none runs."""
-        return self._execution.oldest()
+        self._input_over = False
+        self._input_error: BaseException | None = None
+        self._fatal: BaseException | None = None
+        """What stopped the execution from within; the consumer is told when the permits are back."""
+        self._stopped = False
+        """True once nothing more is pulled or yielded."""
+        self._ended = False
+        """True once the permits are back."""
 
-    def execute(self, inputs: AsyncIterable[Item]) -> AsyncIterator[Outcome]:
+    # ------------------------------------------------------------------------------------------ for its owner
+
+    def execute(self, inputs: AsyncIterable[Item]) -> Outcomes:
         """Execute *inputs* and return their outcomes, an asynchronous iterator with ``aclose``; nothing begins yet.
 
         Every item gives one outcome, with the same index, in order of completion. Errors pass through unchanged; what
@@ -180,18 +205,45 @@ class StreamExecutor:
         """
         if self._executed:
             raise RuntimeError("an executor executes once")
-        if self._execution.stopped:
+        if self._stopped:
             raise RuntimeError("the executor is closed")
-        output = _Output(self._execution, aiter(inputs))
+        outcomes = Outcomes(self, aiter(inputs))
         self._executed = True
-        return output
+        return outcomes
 
     async def aclose(self) -> None:
         """Stop pulling at once and return without waiting; the permits come back after the last operation in flight.
 
         Never run: they come back now. Calling it again does nothing.
         """
-        self._execution.stop()
+        self._stop()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    @property
+    def in_flight(self) -> int:
+        """Operations running now; those that wait for their turn are not among them."""
+        return len(self._running)
+
+    def oldest(self) -> OldestOperation | None:
+        """Return the operation that has been running longest, None where none runs."""
+        running = next(iter(self._running), None)
+        if running is None:
+            return None
+        return OldestOperation(
+            index=running.index,
+            kind=running.operation.kind,
+            key=running.operation.key,
+            age_seconds=time.monotonic() - running.started,
+            attempts=running.attempts,
+            last_error=running.last_error,
+        )
 
     def shrink_to_running(self) -> None:
         """Give back the permits beyond those of the operations that still run; for a drain deadline, after ``aclose``.
@@ -201,115 +253,31 @@ class StreamExecutor:
         Raises:
             RuntimeError: not closed, so that more operations may begin.
         """
-        self._execution.shrink()
+        if not self._stopped:
+            raise RuntimeError("the executor is not closed")
+        self._reservation.shrink(len(self._running) + len(self._ready) + len(self._turns))
 
     async def wait_finished(self) -> None:
         """Wait until no operation is in flight.
 
         Cancellation: leaves nothing behind.
         """
-        await self._execution.wait_finished()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-
-def check_ordering(ordering: str) -> None:
-    """Check the name of an ordering.
-
-    Raises:
-        ValueError: it is none of :data:`ORDERINGS`.
-    """
-    if ordering not in ORDERINGS:
-        raise ValueError(f"ordering is one of {', '.join(ORDERINGS)}, not {ordering!r}")
-
-
-class _Output:
-    """The consumer's end of an execution. Nothing of the execution refers to it, so that forgetting it is noticed."""
-
-    __slots__ = ("_execution", "_inputs")
-
-    def __init__(self, execution: _Execution, inputs: AsyncIterator[Item]) -> None:
-        self._execution = execution
-        self._inputs = inputs
-
-    def __aiter__(self) -> Self:
-        return self
-
-    def __anext__(self) -> Awaitable[Outcome]:
-        """Return the next outcome.
-
-        Cancellation: loses no outcome; operations in flight go on.
-        """
-        return self._execution.next_outcome(self._inputs)
-
-    async def aclose(self) -> None:
-        """As :meth:`StreamExecutor.aclose`."""
-        self._execution.stop()
-
-    def __del__(self) -> None:
-        self._execution.forget()
-
-
-class _Execution:
-    """The state of one execution, shared by its puller, its runners and its consumer."""
-
-    def __init__(
-        self,
-        handler: Handler,
-        reservation: Reservation,
-        *,
-        by_key: bool,
-        counts: Mapping[str, OperationCounts] | None,
-    ) -> None:
-        self._handler = handler
-        self._reservation = reservation
-        self._window = reservation.permits
-        self._by_key = by_key
-        self._counts = counts
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-        self._outstanding = 0
-        """Items pulled and not yet yielded: at most the window."""
-        self._ready: deque[tuple[int, Operation]] = deque()
-        """Pulled, to be started, in input order."""
-        self._turns: deque[tuple[_Object, tuple[int, Operation]]] = deque()
-        """To be started first: each holds the turn of its object."""
-        self._chains: dict[_Object, deque[tuple[int, Operation]]] = {}
-        """For each object whose turn is held: the operations that wait for it, in input order."""
-        self._running: dict[_Running, None] = {}
-        """Begun and suspended, in order of their start."""
-        self._outcomes: deque[Outcome] = deque()
-
-        self._puller: asyncio.Task[None] | None = None
-        self._puller_parked: asyncio.Future[None] | None = None
-        self._runners: set[asyncio.Task[None]] = set()
-        self._runners_parked: list[asyncio.Future[None]] = []
-        self._consumer: asyncio.Future[None] | None = None
-        """What the consumer waits on while there is no outcome."""
-        self._consuming = False
-        self._finish_waiters: list[asyncio.Future[None]] = []
-
-        self._input_over = False
-        self._input_error: BaseException | None = None
-        self._fatal: BaseException | None = None
-        self.stopped = False
-        """True once nothing more is pulled or yielded."""
-        self._ended = False
-        """True once the permits are back."""
+        while self._running or self._ready or self._turns:
+            waiter = asyncio.get_running_loop().create_future()
+            self._finish_waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in self._finish_waiters:
+                    self._finish_waiters.remove(waiter)
 
     # ------------------------------------------------------------------------------------------ consumer
 
-    async def next_outcome(self, inputs: AsyncIterator[Item]) -> Outcome:
-        """Return the next outcome, pulling *inputs* while waiting for it."""
+    async def _next_outcome(self, _output: Outcomes, inputs: AsyncIterator[Item]) -> Outcome:
+        """Return the next outcome, pulling *inputs* while waiting for it; until then *_output* is not forgotten."""
         outcomes = self._outcomes
         # Usually more than half of the window is in use, or the puller has nothing to do: nothing to wait for.
-        if not outcomes or (self._puller_parked is not None and self._outstanding * 2 <= self._window):
+        if not outcomes or (self._puller_parked is not None and self._outstanding * 2 <= self.window):
             await self._pull_and_wait(inputs)
         self._outstanding -= 1
         return outcomes.popleft()
@@ -320,10 +288,10 @@ class _Execution:
             raise RuntimeError("the output is already being waited for")
         self._consuming = True
         try:
-            if self._puller is None and not self.stopped:
+            if self._puller is None and not self._stopped:
                 self._loop = asyncio.get_running_loop()
                 self._puller = self._loop.create_task(self._pull(inputs))
-            elif self._puller_parked is not None and self._outstanding < self._window:
+            elif self._puller_parked is not None and self._outstanding < self.window:
                 _wake(self._puller_parked)
                 self._puller_parked = None
             if self._outcomes:
@@ -341,15 +309,15 @@ class _Execution:
     def _is_over(self) -> bool:
         if self._fatal is not None:
             return self._ended
-        return self.stopped or (self._input_over and self._outstanding == 0)
+        return self._stopped or (self._input_over and self._outstanding == 0)
 
     def _end(self) -> None:
         """Release the permits, then end the output."""
         error = self._fatal
         self._fatal = None
-        if not self.stopped:
+        if not self._stopped:
             error = self._input_error
-            self.stop()
+            self._stop()
         if error is not None:
             raise error
         raise StopAsyncIteration
@@ -363,18 +331,18 @@ class _Execution:
 
     async def _pull(self, inputs: AsyncIterator[tuple[int, object]]) -> None:
         """Advance the input whenever the consumer waits and the window has room, until it ends."""
-        pull, ready, outcomes, window = inputs.__anext__, self._ready, self._outcomes, self._window
+        pull, ready, outcomes, window = inputs.__anext__, self._ready, self._outcomes, self.window
         try:
             while True:
                 while self._consuming and self._outstanding < window:
                     index, thing = await pull()
-                    if self.stopped:
+                    if self._stopped:
                         return
                     self._outstanding += 1
                     if isinstance(thing, _OPERATIONS):
-                        if not ready:
-                            self._call_runner()
                         ready.append((index, with_key(thing)))
+                        if len(ready) == 1:
+                            self._call_runner()
                     else:
                         outcomes.append((index, thing if isinstance(thing, Exception) else not_an_operation(thing)))
                         self._call_consumer()
@@ -385,7 +353,7 @@ class _Execution:
         except GeneratorExit:  # the event loop is gone
             raise
         except BaseException as error:  # noqa: BLE001 - raised to the consumer, after the outcomes
-            if not self.stopped:
+            if not self._stopped:
                 self._input_error = error
         self._input_over = True
         self._puller_parked = None
@@ -400,8 +368,19 @@ class _Execution:
             if not parked.done():
                 parked.set_result(None)
                 return
-        if len(self._runners) < self._window:
-            self._runners.add(asyncio.get_running_loop().create_task(self._run()))
+        if len(self._runners) < self.window:
+            # Not by the loop's task factory: an eager one would start operations inside the step of another one.
+            runner = asyncio.Task(self._run(), loop=asyncio.get_running_loop())
+            self._runners.add(runner)
+            runner.add_done_callback(self._runner_left)
+
+    def _runner_left(self, runner: asyncio.Task[None]) -> None:
+        """Pass on what a runner was called for; by then it has ended, or been cancelled before it began."""
+        self._runners.discard(runner)
+        if self._ready or self._turns:
+            self._call_runner()
+        else:
+            self._nothing_ready()
 
     async def _run(self) -> None:
         """Run what is ready, park while nothing is, until the execution has ended."""
@@ -416,23 +395,16 @@ class _Execution:
                     parked = asyncio.get_running_loop().create_future()
                     self._runners_parked.append(parked)
                     await parked
-        except asyncio.CancelledError:
-            pass  # while parked; what called it before is passed on below
-        except GeneratorExit:  # the event loop is gone
+        except (asyncio.CancelledError, GeneratorExit):  # while parked, or the event loop is gone
             raise
         except BaseException as error:
-            closed, self._fatal = self.stopped, error
-            self.stop()
+            told = self._fatal is not None or not self._stopped
+            self._fatal = error
+            self._stop()
             self._ready.clear()
             self._turns.clear()
-            if closed:  # no consumer is left to be told
+            if not told:  # there is no consumer any more
                 raise
-        finally:
-            self._runners.discard(task)
-        if self._ready or self._turns:
-            self._call_runner()
-        else:
-            self._nothing_ready()
 
     async def _run_ready(self, task: asyncio.Task[Any]) -> None:  # noqa: C901, PLR0912 - the hot path: calls cost most
         """Run operations until nothing is ready or *task* has been cancelled."""
@@ -479,7 +451,7 @@ class _Execution:
                 counting = counts[operation.kind]
                 distribution = counting.error if isinstance(outcome, Exception) else counting.success
                 distribution.observe(time.perf_counter() - began)
-            if not self.stopped:
+            if not self._stopped:
                 outcomes.append((index, outcome))
                 if self._consumer is not None:
                     self._call_consumer()
@@ -506,18 +478,18 @@ class _Execution:
     def _pass_turn(self, key: _Object) -> None:
         """Give the turn of an object to the operation that waits for it longest."""
         waiting = self._chains[key]
-        if waiting and not self.stopped:
+        if waiting and not self._stopped:
             self._turns.append((key, waiting.popleft()))
         else:
             del self._chains[key]
 
     # ------------------------------------------------------------------------------------------ end
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Pull, yield and begin nothing more; the permits come back when nothing runs."""
-        if self.stopped:
+        if self._stopped:
             return
-        self.stopped = True
+        self._stopped = True
         self._outcomes.clear()
         for waiting in self._chains.values():
             waiting.clear()
@@ -534,7 +506,7 @@ class _Execution:
         for waiter in self._finish_waiters:
             _wake(waiter)
         self._finish_waiters.clear()
-        if not self.stopped:
+        if not self._stopped:
             return
         self._ended = True
         self._reservation.release()
@@ -543,54 +515,56 @@ class _Execution:
         self._runners_parked.clear()
         self._call_consumer()
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Stop, called by the garbage collector: on any thread, with or without an event loop."""
         loop = self._loop
-        if self.stopped:
+        if self._stopped:
             return
         if loop is None or asyncio._get_running_loop() is loop:  # noqa: SLF001 - documented; it does not raise
-            self.stop()
+            self._stop()
         elif not loop.is_closed():
-            loop.call_soon_threadsafe(self.stop)
+            loop.call_soon_threadsafe(self._stop)
         else:
-            self.stopped = True
+            self._stopped = True
             self._reservation.release()
 
-    # ------------------------------------------------------------------------------------------ questions
 
-    @property
-    def in_flight(self) -> int:
-        """Operations running now."""
-        return len(self._running)
+class Outcomes:
+    """The consumer's end of an execution. Nothing of the execution refers to it, so that forgetting it is noticed."""
 
-    def oldest(self) -> OldestOperation | None:
-        """Return the operation that has been running longest."""
-        for running in self._running:
-            operation = running.operation
-            return OldestOperation(
-                index=running.index,
-                kind=operation.kind,
-                key=operation.key,
-                age_seconds=time.monotonic() - running.started,
-                attempts=running.attempts,
-                last_error=running.last_error,
-            )
-        return None
+    __slots__ = ("_executor", "_inputs")
 
-    def shrink(self) -> None:
-        """Give back the permits nobody uses any more."""
-        if not self.stopped:
-            raise RuntimeError("the executor is not closed")
-        self._reservation.shrink(len(self._running) + len(self._ready) + len(self._turns))
+    def __init__(self, executor: StreamExecutor, inputs: AsyncIterator[Item]) -> None:
+        self._executor = executor
+        self._inputs = inputs
 
-    async def wait_finished(self) -> None:
-        """Wait until nothing is in flight."""
-        while self._running or self._ready or self._turns:
-            waiter = asyncio.get_running_loop().create_future()
-            self._finish_waiters.append(waiter)
-            try:
-                await waiter
-            finally:
-                if waiter in self._finish_waiters:
-                    self._finish_waiters.remove(waiter)
+    def __aiter__(self) -> Self:
+        return self
 
+    def __anext__(self) -> Coroutine[Any, Any, Outcome]:
+        """Return the next outcome.
+
+        Raises:
+            RuntimeError: somebody else waits for it.
+            BaseException: what the input raised, after all outcomes.
+
+        Cancellation: loses no outcome; operations in flight go on.
+        """
+        return self._executor._next_outcome(self, self._inputs)  # noqa: SLF001 - the executor's own other end
+
+    async def aclose(self) -> None:
+        """As :meth:`StreamExecutor.aclose`."""
+        await self._executor.aclose()
+
+    def __del__(self) -> None:
+        self._executor._forget()  # noqa: SLF001 - the executor's own other end
+
+
+def check_ordering(ordering: str) -> None:
+    """Check the name of an ordering.
+
+    Raises:
+        ValueError: it is none of :data:`ORDERINGS`.
+    """
+    if ordering not in ORDERINGS:
+        raise ValueError(f"ordering is one of {', '.join(ORDERINGS)}, not {ordering!r}")
