@@ -122,6 +122,8 @@ class MemoryBackend:
         """Store the payload under a name of its own; a failing iterator leaves nothing."""
         if isinstance(payload, AsyncIterable):
             payload = b"".join([chunk async for chunk in payload])
+        if metadata.size != len(payload):
+            metadata = replace(metadata, size=len(payload))
         self._revisions[revision.name] = StoredObject(metadata, bytes(payload))
         if metadata.time_expires is not None:
             self._count_expiring()
