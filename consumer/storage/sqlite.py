@@ -119,8 +119,8 @@ SWEEP_SECONDS = 5.0
 SWEEP_ROWS = 500
 """Expired rows removed at a time, a few milliseconds; while there are more, the next time follows at once."""
 
-INLINE_BYTES_MAX = 64 * 1024 * 1024
-"""Largest payload in a row. SQLite takes 1 GB; a row is written twice (log, then file) and read whole."""
+INLINE_BYTES_MAX = 1_000_000_000 - 65_536
+"""Largest payload in a row: a row of SQLite has at most 1,000,000,000 bytes, path and metadata included."""
 
 _PASSING = {
     sqlite3.SQLITE_BUSY,
