@@ -79,9 +79,9 @@ SettingPath: TypeAlias = tuple[str, ...]
 # ------------------------------------------------------------------------------------------------- kinds of values
 
 _DURATION_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_DURATION_PART: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
 _SIZE_UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": KIB, "mib": MIB, "gib": GIB}
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
 def parse_duration(value: object) -> float:
@@ -1111,6 +1111,8 @@ def _read_node(
             dotted = (*path, name)
             sources.problem(where, f"{'.'.join(dotted)} is not a setting{_did_you_mean(dotted)}")
         else:
+            if setting.any_name is not None:  # it is there, also if nothing is set in it
+                sources.set((*path, name), {}, where)
             _read_node(value, child, (*path, name), file, loader, sources)
         seen.setdefault(name, line)
 

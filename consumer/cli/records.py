@@ -141,7 +141,10 @@ class _Produce:
                 return
             given += 1
             try:
-                record = await asyncio.to_thread(read_line, line, payload_bytes_max=limit)
+                if "payload_file" in line if isinstance(line, str) else b"payload_file" in line:
+                    record = await asyncio.to_thread(read_line, line, payload_bytes_max=limit)
+                else:
+                    record = read_line(line, payload_bytes_max=limit)
             except BadLine as error:
                 self._name(number, str(error))
             else:

@@ -347,7 +347,7 @@ async def lag(config: Config) -> list[Lag]:
                 end=end,
                 lag=None if commit is None else max(end - commit.offset, 0),
                 map_bytes=len(map_text),
-                finished_above_gap=0 if not map_text else None,
+                finished_above_gap=0 if commit is not None and not map_text else None,
             )
         )
     return found
