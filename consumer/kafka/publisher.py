@@ -7,14 +7,19 @@ One *lane* per output partition, each with one flush loop:
 2. The loop packs what has gathered into one batch (``create_batch``), sends it, and awaits the one future of that
    batch. Meanwhile the next batch gathers by itself, so no linger is needed. One batch in flight per lane keeps the
    order: concurrent sends to one partition overtake each other when a batch fills up.
-3. Acknowledged: the owners of the batch's records are told, in lane order.
-4. The broker refuses the batch for its size: it is split; a single record that is refused is handed back to its owner
-   (``refused``), who answers with something smaller.
-5. Any other failure: the producer is thrown away and the batch is sent again with a new one. After a failed batch an
-   idempotent producer's sequence numbers have a hole that is never repaired (hazard H18). Whether the failed batch was
-   written is unknown, so its records may appear twice, with the same response id.
+3. Acknowledged: the owners of the batch's records are told, in lane order, each record exactly once.
+4. The broker refuses the batch for its size: from now on the lane packs half as much. A record refused alone is handed
+   back to its owner (``refused``); what the owner appends in its place goes out in its place.
+5. Any other failure: the batch is sent again, first of its lane.
 6. No answer within the deadline: the lane goes on waiting, since an idempotent producer retries by itself, but the
    publisher is *stuck* and says so.
+
+One *keeper* owns the producer. After 4 and 5 it throws the producer away and starts another, because after a failed
+batch an idempotent producer's sequence numbers have a hole that is never repaired (hazard H18). Batches of other lanes
+may finish first; those that do not are sent again too. Whether they were written is unknown then, so records may appear
+twice, with the same response id, but first occurrences stay in lane order. Failures in a row are spaced out.
+
+A topic that lost the partition of a lane, and records that are no bytes, are not survived: ``on_failure`` hears of it.
 """
 
 from __future__ import annotations
@@ -22,9 +27,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from consumer.log import get_logger
 
@@ -34,49 +41,54 @@ if TYPE_CHECKING:
     from aiokafka import AIOKafkaProducer
     from aiokafka.producer.message_accumulator import BatchBuilder
 
-Headers = list[tuple[str, bytes]]
+Headers: TypeAlias = list[tuple[str, bytes]]
 
 BATCH_BYTES = 512 * 1024
 """Largest batch before compression: half of a broker's default ``message.max.bytes``, so that a batch is never refused
-for its size while single records fit. Batches below 64 KiB cost throughput (measured: components.md)."""
+for its size while single records fit. Batches below 64 KiB cost throughput (half of it at 16 KiB). A larger record is
+a batch of its own."""
 
-BATCH_BYTES_MIN = 16 * 1024
-"""Batches are not halved below this; a topic that takes no 16 KiB refuses single responses instead."""
+SENDING_BYTES_MAX = 64 * 1024 * 1024
+"""Bytes of batches sent and not acknowledged, over all lanes. The client puts the batches of all lanes to one broker
+into one request; above the broker's ``socket.request.max.bytes`` (100 MiB) the connection is closed and the same
+request sent again, for ever. One batch above it goes alone."""
 
 DISCARD_TIMEOUT_SECONDS = 2.0
-"""A broken producer is given this long to close its connections; stopping it can hang for ever (hazard H18b)."""
+"""A producer with a failed batch is given this long to finish the batches of other lanes; ``stop`` by itself can wait
+for ever (hazard H18b)."""
 
-REPLACE_BACKOFF_SECONDS = (0.25, 0.5, 1.0, 2.0, 5.0)
-"""Waits between attempts to start a producer; the last one repeats."""
+TEAR_DOWN_SECONDS = 1.0
+"""Bound of each step of ending a producer by force; none of them waits for the broker."""
+
+BACKOFF_SECONDS = (0.25, 0.5, 1.0, 2.0, 5.0)
+"""Waits before the next producer after so many failures in a row; the last one repeats. A batch that is refused for
+ever (no permission, a topic policy) costs a connection and two requests every 5 s, not a busy loop."""
+
+_RECORD_OVERHEAD_BYTES = 64
+"""More than a record has beside key, value and headers: a dozen lengths and deltas of at most 5 bytes."""
+
+_Pending: TypeAlias = "tuple[bytes | None, bytes | None, Headers, Owner, int]"
+"""Key, value, headers, owner, token: one encoded record on its way. A plain tuple, since there is one per response."""
+_owner_of = itemgetter(3)
 
 log = get_logger(__name__)
 
 
 class Owner(Protocol):
-    """Who handed a record in and hears what became of it."""
+    """Who handed a record in and hears what became of it. Neither call may raise; that ends the lane."""
 
     def acknowledged(self, tokens: Sequence[int]) -> None:
         """The records with these tokens are written, in this order."""
 
     def refused(self, token: int) -> None:
-        """The record with this token is too large for the broker; it was not written."""
+        """The record with this token is too large for the broker; it was not written.
 
-
-class _Pending:
-    """One encoded record on its way."""
-
-    __slots__ = ("headers", "key", "owner", "token", "value")
-
-    def __init__(self, key: bytes | None, value: bytes | None, headers: Headers, owner: Owner, token: int) -> None:
-        self.key = key
-        self.value = value
-        self.headers = headers
-        self.owner = owner
-        self.token = token
+        What is appended to the lane during the call takes the record's place.
+        """
 
 
 class Lane:
-    """All records for one output partition, in the order they were appended."""
+    """All records for one output partition, in the order they were appended; made by :meth:`Publisher.lane`."""
 
     def __init__(self, publisher: Publisher, topic: str, partition: int) -> None:
         self.topic = topic
@@ -85,8 +97,8 @@ class Lane:
         self._pending: deque[_Pending] = deque()
         self._arrived = asyncio.Event()
         self._sending = 0
-        self._flush = asyncio.create_task(self._run(), name=f"publish {topic}/{partition}")
-        self._flush.add_done_callback(publisher.lane_ended)
+        self._batch_bytes = BATCH_BYTES
+        self.flush = asyncio.create_task(self._run(), name=f"publish {topic}/{partition}")
 
     @property
     def waiting(self) -> int:
@@ -95,13 +107,8 @@ class Lane:
 
     def append(self, key: bytes | None, value: bytes | None, headers: Headers, owner: Owner, token: int) -> None:
         """Hand one record in; *owner* hears of it by *token*."""
-        self._pending.append(_Pending(key, value, headers, owner, token))
+        self._pending.append((key, value, headers, owner, token))
         self._arrived.set()
-
-    async def close(self) -> None:
-        """Stop at once; what is not acknowledged is forgotten."""
-        self._flush.cancel()
-        await asyncio.wait([self._flush])
 
     async def _run(self) -> None:
         pending = self._pending
@@ -109,57 +116,59 @@ class Lane:
             if not pending:
                 self._arrived.clear()
                 await self._arrived.wait()
-            generation, producer = await self._publisher.producer()
+            producer = await self._publisher.producer()
             batch, records = self._pack(producer)
-            self._sending = len(records)
-            await self._deliver(generation, producer, batch, records)
-            self._sending = 0
+            await self._deliver(producer, batch, records)
 
     def _pack(self, producer: AIOKafkaProducer) -> tuple[BatchBuilder, list[_Pending]]:
         """Take as many pending records as fit one batch; the first always fits."""
         batch = producer.create_batch()
         append = batch.append
-        now = int(time.time() * 1000)
+        now = time.time_ns() // 1_000_000
         pending = self._pending
+        budget = self._batch_bytes if self._batch_bytes < BATCH_BYTES else 0
         records: list[_Pending] = []
         while pending:
-            record = pending[0]
-            if append(timestamp=now, key=record.key, value=record.value, headers=record.headers) is None:
+            key, value, headers, _, _ = record = pending[0]
+            if budget and records and batch.size() + _size_at_most(key, value, headers) > budget:
                 break
-            records.append(pending.popleft())
+            if append(timestamp=now, key=key, value=value, headers=headers) is None:
+                break
+            records.append(record)
+            pending.popleft()
         batch.close()
         return batch, records
 
-    async def _deliver(
-        self, generation: int, producer: AIOKafkaProducer, batch: BatchBuilder, records: list[_Pending]
-    ) -> None:
+    async def _deliver(self, producer: AIOKafkaProducer, batch: BatchBuilder, records: list[_Pending]) -> None:
+        size = batch.size()
+        self._sending = len(records)
         try:
-            future = await producer.send_batch(batch, self.topic, partition=self.partition)
-            await self._publisher.wait_for(future, generation)
-        except MessageSizeTooLargeError:
+            await self._publisher.send(self, producer, batch, size)
+        except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
+            self._sending = 0
+            self._publisher.replace(producer, error, refused_for_size=True)
             if len(records) > 1:
+                self._batch_bytes = size // 2
                 self._pending.extendleft(reversed(records))
-                await self._publisher.replace(generation, "a batch was refused for its size", halve_batches=True)
             else:
-                await self._publisher.replace(generation, "a record was refused for its size")
-                self._sending = 0
-                records[0].owner.refused(records[0].token)
+                self._hand_back(records[0])
         except (KafkaError, OSError, TimeoutError) as error:
+            self._sending = 0
             self._pending.extendleft(reversed(records))
-            await self._publisher.replace(generation, repr(error))
+            self._publisher.replace(producer, error)
         else:
-            self._acknowledge(records)
+            self._sending = 0
+            self._publisher.acknowledged()
+            for owner, group in groupby(records, _owner_of):
+                owner.acknowledged([token for _, _, _, _, token in group])
 
-    @staticmethod
-    def _acknowledge(records: list[_Pending]) -> None:
-        owner = records[0].owner
-        tokens: list[int] = []
-        for record in records:
-            if record.owner is not owner:
-                owner.acknowledged(tokens)
-                owner, tokens = record.owner, []
-            tokens.append(record.token)
-        owner.acknowledged(tokens)
+    def _hand_back(self, record: _Pending) -> None:
+        """Give a refused record to its owner, and what it appends in exchange the record's place."""
+        pending = self._pending
+        before = len(pending)
+        _, _, _, owner, token = record
+        owner.refused(token)
+        pending.rotate(len(pending) - before)
 
 
 class Publisher:
@@ -167,9 +176,10 @@ class Publisher:
 
     Args:
         make_producer: Makes an unstarted producer for a largest batch of so many bytes.
-        attempt_timeout_seconds: Longest wait for one acknowledgement, or for a producer to start or stop, before the
-            publisher counts as stuck or the attempt as failed.
-        on_failure: Called once with the exception that ended a lane; programmer's errors only.
+        attempt_timeout_seconds: Longest wait for one acknowledgement, or for a producer to start, before the publisher
+            counts as stuck.
+        on_failure: Called with the exception that ended a lane or the keeper: a programmer's error, or an output topic
+            that is no longer the one it was. Nothing of that lane is published any more.
     """
 
     def __init__(
@@ -183,18 +193,25 @@ class Publisher:
         self._attempt_timeout = attempt_timeout_seconds
         self._on_failure = on_failure
         self._lanes: dict[tuple[str, int], Lane] = {}
-        self._producer: AIOKafkaProducer | None = None
-        self._generation = 0
-        self._batch_bytes = BATCH_BYTES
-        self._replacing = asyncio.Lock()
-        self._replaced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._stuck = False
+        self._keeper: asyncio.Task[None] | None = None
+        self._owned: AIOKafkaProducer | None = None
+        """The producer that has to be discarded: starting, usable, or on its way out."""
+        self._usable: AIOKafkaProducer | None = None
+        self._started = asyncio.Event()
+        self._broken = asyncio.Event()
+        self._failures = 0
+        """Failures since the last acknowledgement."""
+        self._sending_bytes = 0
+        self._room = asyncio.Event()
+        self._late: set[Lane] = set()
+        """Lanes whose batch has waited for the attempt timeout."""
+        self._was_stuck = False
         self._closing = False
 
     @property
     def stuck(self) -> bool:
-        """True while the broker does not acknowledge, or no producer can be started."""
-        return self._stuck
+        """True while the broker does not acknowledge, refuses, or no producer can be started."""
+        return bool(self._failures or self._late)
 
     @property
     def waiting(self) -> int:
@@ -202,123 +219,192 @@ class Publisher:
         return sum(lane.waiting for lane in self._lanes.values())
 
     def lane(self, topic: str, partition: int) -> Lane:
-        """The lane of one output partition, made on first use."""
+        """The lane of one output partition, made on first use.
+
+        Raises:
+            RuntimeError: the publisher was stopped.
+        """
+        if self._closing:
+            raise RuntimeError("the publisher was stopped")
         lane = self._lanes.get((topic, partition))
         if lane is None:
             lane = self._lanes[topic, partition] = Lane(self, topic, partition)
+            lane.flush.add_done_callback(self._ended)
         return lane
 
     async def start(self) -> None:
         """Start the first producer, trying until it works.
 
-        Cancellation: no producer is left behind.
+        Raises:
+            RuntimeError: it was started before.
+            Exception: what *make_producer* raised.
+
+        Cancellation: no producer is left behind; the publisher is stopped.
         """
-        async with self._replacing:
-            await self._start_producer()
+        if self._keeper is not None:
+            raise RuntimeError("the publisher was started before")
+        self._keeper = asyncio.create_task(self._keep(), name="keep the producer")
+        started = asyncio.create_task(self._started.wait())
+        try:
+            await asyncio.wait([self._keeper, started], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await self.stop(0)
+            raise
+        finally:
+            started.cancel()
+        if self._keeper.done():
+            await self._keeper
+        self._keeper.add_done_callback(self._ended)
 
     async def stop(self, timeout_seconds: float) -> None:
-        """Stop lanes and producer; call only when nothing is waiting, for the rest is forgotten."""
+        """Stop lanes and producer; call only when nothing is waiting, for the rest is forgotten.
+
+        Takes at most *timeout_seconds* and a few :data:`TEAR_DOWN_SECONDS`, whatever the broker does. May be called
+        twice, and without :meth:`start`. Cancellation: call it again.
+        """
         self._closing = True
-        for lane in self._lanes.values():
-            await lane.close()
-        self._lanes.clear()
-        await self._discard(timeout_seconds)
+        tasks = [lane.flush for lane in self._lanes.values()]
+        if self._keeper is not None:
+            tasks.append(self._keeper)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=TEAR_DOWN_SECONDS)
+        self._usable = None
+        if self._owned is not None:
+            await _discard(self._owned, timeout_seconds)
+            self._owned = None
 
-    async def producer(self) -> tuple[int, AIOKafkaProducer]:
-        """The current producer and its generation; waits while it is being replaced."""
-        if self._producer is None:
-            async with self._replacing:
-                if self._producer is None:
-                    await self._start_producer()
-        assert self._producer is not None
-        return self._generation, self._producer
+    # ------------------------------------------------------------------------------------------ for lanes
 
-    async def wait_for(self, future: asyncio.Future[object], generation: int) -> None:
-        """Wait for an acknowledgement; being stuck is told, not raised.
+    async def producer(self) -> AIOKafkaProducer:
+        """The producer to use now; waits while there is none."""
+        while self._usable is None:
+            await self._started.wait()
+        return self._usable
+
+    async def send(self, lane: Lane, producer: AIOKafkaProducer, batch: BatchBuilder, size: int) -> None:
+        """Send a batch of *size* bytes and wait for its acknowledgement; being stuck is told, not raised.
 
         Raises:
-            KafkaError: the batch failed, or another lane had the producer of *generation* replaced.
+            KafkaError: the batch failed, or the producer was thrown away.
         """
-        while not future.done():
-            if generation != self._generation:
-                future.add_done_callback(_ignore)
-                raise KafkaError("the producer was replaced")
-            done, _ = await asyncio.wait(
-                (future, self._replaced), timeout=self._attempt_timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done and not self._stuck:
-                self._stuck = True
-                log.warning("publisher stuck", waited_seconds=self._attempt_timeout)
-        if future.cancelled():
-            raise KafkaError("the producer dropped the batch")
-        future.result()
-        if self._stuck:
-            self._stuck = False
-            log.info("publisher goes on")
+        while self._sending_bytes and self._sending_bytes + size > SENDING_BYTES_MAX:
+            self._room.clear()
+            await self._room.wait()
+        self._sending_bytes += size
+        timer = asyncio.get_running_loop().call_later(self._attempt_timeout, self._is_late, lane)
+        try:
+            await (await producer.send_batch(batch, lane.topic, partition=lane.partition))
+        finally:
+            timer.cancel()
+            self._late.discard(lane)
+            self._sending_bytes -= size
+            self._room.set()
 
-    async def replace(self, generation: int, reason: str, *, halve_batches: bool = False) -> None:
-        """Throw away the producer of *generation* and start another; does nothing where that has happened already.
+    def replace(self, producer: AIOKafkaProducer, error: Exception, *, refused_for_size: bool = False) -> None:
+        """Have *producer* replaced; does nothing where that was asked before.
 
         Args:
-            generation: As :meth:`producer` gave it.
-            reason: For the log.
-            halve_batches: The topic's limit lies below the batches sent: pack half as much from now on.
+            producer: As :meth:`producer` gave it.
+            error: What the broker, or the client, said.
+            refused_for_size: The broker is well, so this is no failure and nobody has to wait.
         """
-        async with self._replacing:
-            if generation != self._generation or self._closing:
-                return
-            if halve_batches:
-                self._batch_bytes = max(self._batch_bytes // 2, BATCH_BYTES_MIN)
-            log.warning("producer replaced", reason=reason, batch_bytes=self._batch_bytes)
-            self._generation += 1
-            self._replaced.set_result(None)
-            self._replaced = asyncio.get_running_loop().create_future()
-            await self._discard(DISCARD_TIMEOUT_SECONDS)
-            await self._start_producer()
+        if producer is not self._usable:
+            return
+        self._usable = None
+        self._started.clear()
+        self._broken.set()
+        if not refused_for_size:
+            self._failures += 1
+            self._was_stuck = True
+        log.warning("producer is replaced", error=repr(error), failures=self._failures)
 
-    async def _start_producer(self) -> None:
-        attempt = 0
+    def acknowledged(self) -> None:
+        """A batch was written: what failed before is over."""
+        self._failures = 0
+        if self._was_stuck and not self._late:
+            self._was_stuck = False
+            log.info("publisher goes on")
+
+    def _is_late(self, lane: Lane) -> None:
+        self._late.add(lane)
+        self._was_stuck = True
+        log.warning(
+            "no acknowledgement", topic=lane.topic, partition=lane.partition, waited_seconds=self._attempt_timeout
+        )
+
+    # ------------------------------------------------------------------------------------------ the keeper
+
+    async def _keep(self) -> None:
         while True:
-            producer = self._make_producer(self._batch_bytes)
+            self._broken.clear()
+            self._owned = producer = self._make_producer(BATCH_BYTES)
             try:
                 async with asyncio.timeout(self._attempt_timeout):
                     await producer.start()
             except (KafkaError, OSError, TimeoutError) as error:
-                await _stop_quietly(producer, self._attempt_timeout)
-                self._stuck = True
-                log.warning("producer cannot start", error=repr(error), attempt=attempt + 1)
-            except BaseException:
-                await _stop_quietly(producer, self._attempt_timeout)
-                raise
+                self._failures += 1
+                self._was_stuck = True
+                log.warning("producer cannot start", error=repr(error), failures=self._failures)
             else:
-                self._producer = producer
-                self._stuck = False
-                return
-            await asyncio.sleep(REPLACE_BACKOFF_SECONDS[min(attempt, len(REPLACE_BACKOFF_SECONDS) - 1)])
-            attempt += 1
+                if not self.waiting:  # then nothing is to be acknowledged that could tell
+                    self.acknowledged()
+                self._usable = producer
+                self._started.set()
+                await self._broken.wait()
+            await _discard(producer, DISCARD_TIMEOUT_SECONDS)
+            self._owned = None
+            if self._failures:
+                await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
 
-    async def _discard(self, timeout_seconds: float) -> None:
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            await _stop_quietly(producer, timeout_seconds)
-
-    def lane_ended(self, flush: asyncio.Task[None]) -> None:
-        """A flush loop ends only by cancellation; anything else is a defect and must not go unseen."""
-        if not flush.cancelled() and (error := flush.exception()) is not None:
-            self._on_failure(error)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Lanes and keeper end by :meth:`stop`; anything else is a defect and must not go unseen."""
+        if not self._closing:
+            error = None if task.cancelled() else task.exception()
+            self._on_failure(error or RuntimeError(f"{task.get_name()} ended"))
+        elif not task.cancelled():
+            task.exception()
 
 
-async def _stop_quietly(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
-    """Stop a producer that may be broken: ``stop`` can hang (H18b) and raise what nobody caused (H17b)."""
-    stopping = asyncio.ensure_future(producer.stop())
-    done, _ = await asyncio.wait([stopping], timeout=timeout_seconds)
-    if not done:
-        stopping.cancel()
-        await asyncio.wait([stopping], timeout=1)
+def _size_at_most(key: bytes | None, value: bytes | None, headers: Headers) -> int:
+    """Bytes that a record takes in a batch, or a few more."""
+    size = _RECORD_OVERHEAD_BYTES + len(key or b"") + len(value or b"")
+    return size + sum(4 * len(name) + len(content) + 10 for name, content in headers)
+
+
+async def _discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
+    """End a producer: by itself within *timeout_seconds*, else by force. Batches not written by then have failed.
+
+    May be called again where it was cancelled, and for a producer that never started. ``stop`` can wait for ever
+    (hazard H18b) and leaves its tasks behind when it is cancelled, so the force reaches for what is private in
+    aiokafka; a test holds the installed release to that.
+    """
+    stopping = asyncio.create_task(producer.stop())
     stopping.add_done_callback(_ignore)
+    await asyncio.wait([stopping], timeout=timeout_seconds)
+    routine = producer._sender.sender_task  # noqa: SLF001 - see above, also for the others
+    if routine is not None and not routine.done():
+        # A cancelled routine waits for its requests, and they for the broker: so they are cancelled first.
+        tasks = [*routine.get_coro().cr_frame.f_locals.get("tasks", ()), routine]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=TEAR_DOWN_SECONDS)
+    # Only now that nobody would queue them again: `stop`, and every lane, waits for these.
+    producer._message_accumulator.fail_all(KafkaError("the producer was thrown away"))  # noqa: SLF001 - above
+    await asyncio.wait([stopping], timeout=TEAR_DOWN_SECONDS)
+    # What `stop` did not come to. A connection that is not aborted would first send all it has to a frozen broker.
+    for connection in list(producer.client._conns.values()):  # noqa: SLF001 - above
+        if connection._writer is not None:  # noqa: SLF001 - above
+            connection._writer.transport.abort()  # noqa: SLF001 - above
+    closing = asyncio.create_task(producer.client.close())
+    closing.add_done_callback(_ignore)
+    await asyncio.wait([stopping, closing], timeout=TEAR_DOWN_SECONDS)
+    stopping.cancel()
+    closing.cancel()
 
 
-def _ignore(future: asyncio.Future[object]) -> None:
-    """Mark an abandoned future's exception as seen."""
-    if not future.cancelled():
-        future.exception()
+def _ignore(task: asyncio.Task[None]) -> None:
+    """Mark the exception of a task as seen: a producer on its way out may raise what nobody caused (H17b)."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.debug("producer ended badly", error=repr(error))
