@@ -33,7 +33,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 from uuid import UUID, uuid5
 
 from consumer.budget import ByteBudget
@@ -41,10 +41,10 @@ from consumer.codec import Decoded, OperationDecoder, ResponseEncoder
 from consumer.errors import DEAD_LETTER_CODES, AtCapacity, OperationPanic, TierstreamError, TooLarge
 from consumer.executor import StreamExecutor
 from consumer.log import get_logger, key_digest
-from consumer.metrics import UNKNOWN_KIND, Counts, PartitionState
+from consumer.metrics import UNKNOWN_KIND, Counts, OldestState, PartitionState
 from consumer.offsets import DISTANCE_MAX, OffsetTracker
 from consumer.operations import Insert, Operation, OpResponse
-from consumer.responses import Headers, dead_letter_headers, response_key_and_headers
+from consumer.responses import DeadLetters, Header, ResponseHeaders
 from consumer.service import StorageService
 
 Outcome: TypeAlias = OpResponse | Exception
@@ -91,7 +91,9 @@ class Record(Protocol):
 class Lane(Protocol):
     """All records for one output partition, in order; never waits."""
 
-    def append(self, key: bytes | None, value: bytes | None, headers: Headers, owner: Owner, token: int) -> None:
+    def append(
+        self, key: bytes | None, value: bytes | None, headers: list[Header], owner: Owner, token: int
+    ) -> None:
         """Hand one record in; *owner* hears of it by *token*."""
 
 
@@ -122,9 +124,11 @@ class Pipeline:
     ordering: Literal["key", "unordered", "partition"]
     fraction: Fraction
     copy_headers: frozenset[str]
+    response_prefix: bytes
+    """What every response begins with: its frame."""
     response_bytes_max: int
     dead_letter_bytes_max: int
-    """Largest value of a dead letter; a longer one is replaced by null."""
+    """Bytes of key, value and headers that fit one record of the dead letter topic."""
     read_bytes: int
     """What a read reserves of the byte budget before its size is known: ``storage.threshold``."""
     derive_keys: bool
@@ -136,7 +140,7 @@ class Pipeline:
 class _Entry:
     """One record on its way through the assignment."""
 
-    __slots__ = ("code", "decoded", "pending", "reserved", "record", "size", "status")
+    __slots__ = ("code", "decoded", "pending", "record", "reserved", "size", "status")
 
     def __init__(self, record: Record) -> None:
         value, key = record.value, record.key
@@ -207,9 +211,10 @@ class Assignment:
         self._refill = refill
         self._on_resolved = resolved
         self._wanted = wanted
-        self._encoder = ResponseEncoder(topic, partition)
+        self._encoder = ResponseEncoder(topic, partition, prefix=pipeline.response_prefix)
+        self._headers = ResponseHeaders(topic, partition, pipeline.copy_headers, compacted=pipeline.compacted)
         self._lane = pipeline.response_lane(partition)
-        self._dead_letters = _DeadLetters(self, pipeline) if pipeline.dead_letter_lane is not None else None
+        self._dead_letters = _DeadLetterLane(self, pipeline) if pipeline.dead_letter_lane is not None else None
         self._counts = pipeline.counts.partition(topic, partition)
         self._tracker = OffsetTracker(0)
         self._buffer: deque[_Entry] = deque()
@@ -368,7 +373,7 @@ class Assignment:
                 record = entry.record
                 offset = record.offset
                 if self._ending:
-                    break
+                    break  # type: ignore[unreachable]  # it changes while this generator is suspended
                 decoded = entry.decoded = decode(record.value, record.headers)
                 operation = decoded.operation
                 entries[offset] = entry
@@ -433,17 +438,7 @@ class Assignment:
         record, decoded = entry.record, entry.decoded
         assert decoded is not None
         entry.status = status
-        key, headers = response_key_and_headers(
-            self.topic,
-            self.partition,
-            offset,
-            status,
-            decoded.kind,
-            record.key,
-            record.headers,
-            self._pipeline.copy_headers,
-            compacted=self._pipeline.compacted,
-        )
+        key, headers = self._headers.make(offset, status, decoded.kind, record.key, record.headers)
         self._lane.append(key, value, headers, self, offset)
 
     def _letter(self, offset: int, entry: _Entry, error: Exception) -> None:
@@ -501,7 +496,7 @@ class Assignment:
         decoded = entry.decoded
         assert decoded is not None
         if entry.status == _RESPONSE_TOO_LARGE.status:
-            raise RuntimeError(f"the output topic refuses a failure response of partition {self.topic}/{self.partition}")
+            raise RuntimeError(f"the output topic refuses a failure response of {self.topic}/{self.partition}")
         status, value = self._encoder.encode(token, decoded, _RESPONSE_TOO_LARGE, time.time_ns() // 1000)
         self._respond(token, entry, status, value)
 
@@ -618,7 +613,7 @@ class Assignment:
             "offset_map_bytes": None,
         }
 
-    def _oldest(self) -> Any:
+    def _oldest(self) -> OldestState | None:
         executor = self._executor
         oldest = executor.oldest() if executor is not None else None
         if oldest is None:
@@ -630,48 +625,48 @@ class Assignment:
             "key_digest": key if key is None or self._pipeline.show_keys else key_digest(key),
             "attempts": oldest.attempts,
             "age_seconds": round(oldest.age_seconds, 3),
-            "last_error": oldest.last_error,
+            "last_error": None if oldest.last_error is None else oldest.last_error.code,
         }
 
 
 _RESPONSE_TOO_LARGE = TooLarge("the output topic takes no record of this size", code="response_too_large")
 
 
-class _DeadLetters:
+class _DeadLetterLane:
     """The dead letters of one assignment, on their own lane."""
 
     def __init__(self, assignment: Assignment, pipeline: Pipeline) -> None:
         assert pipeline.dead_letter_lane is not None
         self._assignment = assignment
-        self._group_id = pipeline.group_id
-        self._bytes_max = pipeline.dead_letter_bytes_max
         self._lane = pipeline.dead_letter_lane(assignment.partition)
-        self._sent: dict[int, tuple[bytes | None, Headers]] = {}
+        self._letters = DeadLetters(
+            assignment.topic,
+            assignment.partition,
+            pipeline.group_id,
+            record_bytes_max=pipeline.dead_letter_bytes_max,
+        )
+        self._sent: dict[int, tuple[bytes | None, bytes | None, list[Header]]] = {}
+        """Key, value and headers of what is not acknowledged."""
 
     def append(self, offset: int, record: Record, failure: TierstreamError, schema_id: str | None) -> None:
-        """Hand in the dead letter of one record; a value over the limit is left out."""
-        value = record.value
-        truncated = value is not None and len(value) > self._bytes_max
-        headers = dead_letter_headers(
+        """Hand in the dead letter of one record; a value that does not fit is left out."""
+        value, headers = self._letters.make(
+            offset,
+            record.timestamp,
+            record.key,
+            record.value,
             record.headers,
-            topic=self._assignment.topic,
-            partition=self._assignment.partition,
-            offset=offset,
-            timestamp_ms=record.timestamp,
-            group_id=self._group_id,
             code=failure.code,
             message=str(failure),
             schema_id=schema_id,
-            truncated=truncated,
         )
-        self._lane.append(record.key, None if truncated else value, headers, self, offset)
-        if not truncated:
-            self._sent[offset] = (record.key, headers)
+        self._sent[offset] = (record.key, value, headers)
+        self._lane.append(record.key, value, headers, self, offset)
 
     def acknowledged(self, tokens: Sequence[int]) -> None:
         """Dead letters are written."""
         for token in tokens:
-            self._sent.pop(token, None)
+            del self._sent[token]
         self._assignment.dead_letter_acknowledged(tokens)
 
     def refused(self, token: int) -> None:
@@ -680,11 +675,12 @@ class _DeadLetters:
         Raises:
             RuntimeError: that was refused too; the topic takes no dead letters at all.
         """
-        sent = self._sent.pop(token, None)
-        if sent is None:
+        key, value, headers = self._sent[token]
+        if value is None:
             raise RuntimeError("the dead letter topic refuses a dead letter without a value")
-        key, headers = sent
-        self._lane.append(key, None, [*headers, ("tierstream-dlq-truncated", b"true")], self, token)
+        headers = [*headers, ("tierstream-dlq-truncated", b"true")]
+        self._sent[token] = (key, None, headers)
+        self._lane.append(key, None, headers, self, token)
 
 
 def _report(task: asyncio.Task[None], failed: Callable[[BaseException], None]) -> None:

@@ -532,6 +532,11 @@ LAG_SAMPLES: Final = 60
 Family: TypeAlias = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
+def new_registry() -> CollectorRegistry:
+    """Return an empty registry; the process-wide one of the library is never used."""
+    return CollectorRegistry()
+
+
 def register(
     registry: CollectorRegistry,
     counts: Counts,

@@ -10,7 +10,7 @@ Tasks, each with one job, so that none can hold up another:
 
 A rebalance, told by aiokafka's listener:
 
-1. Revoked: gates close; the watermarks are committed, which also tells whether the partitions are still ours (a commit
+1. Revoked: gates close; the watermarks are committed, which tells whether the partitions are still ours (a commit
    refused for our membership means *lost*: nothing is drained, H16b, H16c); what was started is finished within the
    drain deadline; the watermarks are committed again; the epoch ends. Reservations go back as their last operation ends.
 2. Assigned: fetching is paused, the new epoch's preparation is spawned.
@@ -32,7 +32,6 @@ from contextlib import suppress
 from typing import Any, Literal, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
     CommitFailedError,
     IllegalStateError,
@@ -46,6 +45,7 @@ from consumer.assignment import Assignment, Pipeline
 from consumer.commits import CommitPolicy, CommitSchedule
 from consumer.errors import AtCapacity
 from consumer.executor import StreamExecutor
+from consumer.kafka.topics import EARLIEST, LATEST, Cluster, ClusterRefusal, ClusterUnavailable
 from consumer.log import get_logger
 from consumer.metrics import CommitOutcome, PartitionState, RebalanceOutcome
 from consumer.permits import WindowExhausted, WindowPolicy, plan_windows
@@ -63,8 +63,8 @@ COMMIT_TIMEOUT_SECONDS = 5.0
 """One commit, after which its outcome is unknown and the next one starts from the then current watermark. Twice this
 and the drain deadline have to fit the rebalance time-out."""
 
-ADMIN_TIMEOUT_SECONDS = 10.0
-"""One question about committed offsets or log ends, before it is asked again."""
+START_TIMEOUT_SECONDS = 10.0
+"""One attempt to connect."""
 
 RETRY_BACKOFF_SECONDS = (0.25, 0.5, 1.0, 2.0, 5.0)
 """Waits after failures of the broker; the last one repeats."""
@@ -78,11 +78,11 @@ _NOWHERE = TopicPartition("-", 0)
 log = get_logger(__name__)
 
 
-class ClientDead(Exception):  # noqa: N818 - named after what happened
+class ClientDead(Exception):
     """A background task of the Kafka client has ended: it will never deliver anything again."""
 
 
-class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base class is untyped
+class Poller(ConsumerRebalanceListener):
     """Owns the consumer and the set of assignments.
 
     Args:
@@ -90,7 +90,7 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
         topics: Input topics.
         group_id: The consumer group.
         make_consumer: Makes an unstarted consumer without subscription, in the group.
-        make_admin: Makes an unstarted administration client.
+        ask_cluster: Makes an unopened client for questions.
         drain_timeout_seconds: Deadline of a drain on revocation.
         commit_policy: When to commit.
         start: Where to begin in a topic of which the group has committed nothing.
@@ -109,7 +109,7 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
         topics: Iterable[str],
         group_id: str,
         make_consumer: Callable[[], AIOKafkaConsumer],
-        make_admin: Callable[[], AIOKafkaAdminClient],
+        ask_cluster: Callable[[], Cluster],
         drain_timeout_seconds: float,
         commit_policy: CommitPolicy,
         start: Start,
@@ -126,7 +126,7 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
         self._topics = sorted(topics)
         self._group_id = group_id
         self._make_consumer = make_consumer
-        self._make_admin = make_admin
+        self._ask_cluster = ask_cluster
         self._drain_timeout = drain_timeout_seconds
         self._start_at = start
         self._out_of_range = out_of_range
@@ -136,7 +136,6 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
         self._storage_blocked = storage_blocked
         self._fatal = fatal
         self._consumer: AIOKafkaConsumer | None = None
-        self._admin: AIOKafkaAdminClient | None = None
         self._epoch = 0
         self._stopping = False
         self._assignments: dict[TopicPartition, Assignment] = {}
@@ -161,7 +160,6 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
         Cancellation: nothing is left connected.
         """
         self._consumer = await _started(self._make_consumer)
-        self._admin = await _started(self._make_admin)
         self._consumer.subscribe(self._topics, listener=self)
         self._poll_task = self._spawn(self._poll(), "poll")
         self._commit_task = self._spawn(self._commit_when_due(), "commit")
@@ -181,9 +179,8 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
         done = await self._release(drain_timeout_seconds)
         await _end(self._commit_task)
         await _end(self._prepare_task)
-        for client in (self._consumer, self._admin):
-            if client is not None:
-                await _closed(client, stop_timeout_seconds)
+        if self._consumer is not None:
+            await _closed(self._consumer, stop_timeout_seconds)
         return done
 
     def _spawn(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
@@ -291,9 +288,11 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
                 )
                 continue
             try:
-                position = await self._end_of_log(partition, self._out_of_range)
-            except (KafkaError, OSError, TimeoutError) as error:
-                log.warning("log end unknown", topic=partition.topic, partition=partition.partition, error=repr(error))
+                async with self._ask_cluster() as cluster:
+                    at = EARLIEST if self._out_of_range == "earliest" else LATEST
+                    position = (await cluster.offsets([partition], at))[partition]
+            except (ClusterUnavailable, ClusterRefusal) as error:
+                log.warning("log end unknown", topic=partition.topic, partition=partition.partition, error=str(error))
                 await asyncio.sleep(RETRY_BACKOFF_SECONDS[1])
                 continue
             log.error(
@@ -364,17 +363,16 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
             self._fetching.clear()
             self._short_of_bytes = False
             outcome: RebalanceOutcome = "drained"
-            if leaving and not self._lost:
-                await self._commit(COMMIT_TIMEOUT_SECONDS)
-            if self._lost:
+            if leaving and await self._commit(COMMIT_TIMEOUT_SECONDS) == "lost":
                 outcome = "lost"
             elif leaving:
                 remaining = max(0.0, drain_timeout_seconds - (time.monotonic() - began))
                 drained = await asyncio.gather(*(one.drain(remaining) for one in leaving.values()))
                 if not all(drained):
                     outcome = "timeout"
-                if await self._commit(COMMIT_TIMEOUT_SECONDS) != "success" and not self._all_committed():
-                    outcome = "lost" if self._lost else "timeout"
+                committed = await self._commit(COMMIT_TIMEOUT_SECONDS)
+                if committed != "success" and not self._all_committed():
+                    outcome = "lost" if committed == "lost" else "timeout"
             self._assignments = {}
             for partition, assignment in leaving.items():
                 running = await assignment.abandon()
@@ -408,7 +406,7 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
                 wanted=self._pass_on_a_window,
             )
         self.rebalancing = False
-        starts = await self._persistently(lambda: self._starts(partitions), "start offsets")
+        starts = await self._starts(partitions)
         ready = [partition for partition in partitions if partition not in self._older_runs]
         late = [partition for partition in partitions if partition in self._older_runs]
         for partition in ready:
@@ -459,35 +457,32 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
         """Return for each partition where to start, and whether that is what the group has committed.
 
         ``latest`` applies only to a topic of which the group has committed nothing at all: a partition without a commit
-        beside others that have one was added later, and its first records must not be skipped.
+        beside others that have one was added later, and its first records must not be skipped. Asked until there is an
+        answer; who asks is cancelled by the next rebalance.
         """
-        assert self._admin is not None
-        committed = await self._admin.list_consumer_group_offsets(self._group_id)
-        known_topics = {partition.topic for partition, found in committed.items() if found.offset >= 0}
-        starts: dict[TopicPartition, tuple[int, bool]] = {}
-        for partition in partitions:
-            found = committed.get(partition)
-            if found is not None and found.offset >= 0:
-                starts[partition] = (found.offset, True)
-            else:
-                side: Start = "earliest" if partition.topic in known_topics else self._start_at
-                starts[partition] = (await self._end_of_log(partition, side), False)
-        return starts
-
-    async def _end_of_log(self, partition: TopicPartition, side: Start) -> int:
-        ask = self._client.beginning_offsets if side == "earliest" else self._client.end_offsets
-        async with asyncio.timeout(ADMIN_TIMEOUT_SECONDS):
-            return int((await ask([partition]))[partition])
-
-    async def _persistently(self, ask: Callable[[], Awaitable[Any]], what: str) -> Any:
-        """Ask until there is an answer; who asks is cancelled by the next rebalance."""
         failures = 0
         while True:
             try:
-                async with asyncio.timeout(ADMIN_TIMEOUT_SECONDS):
-                    return await ask()
-            except (KafkaError, OSError, TimeoutError) as error:
-                log.warning(f"{what} unknown", error=repr(error), failures=failures + 1)
+                async with self._ask_cluster() as cluster:
+                    committed = await cluster.committed(self._group_id)
+                    known = {topic for topic, _ in committed}
+                    chosen: dict[TopicPartition, tuple[int, bool]] = {
+                        partition: (committed[partition].offset, True)
+                        for partition in partitions
+                        if partition in committed
+                    }
+                    for side, at in (("earliest", EARLIEST), ("latest", LATEST)):
+                        uncommitted = [
+                            partition
+                            for partition in partitions
+                            if partition not in committed
+                            and side == ("earliest" if partition.topic in known else self._start_at)
+                        ]
+                        found = await cluster.offsets(uncommitted, at) if uncommitted else {}
+                        chosen |= {partition: (found[partition], False) for partition in uncommitted}
+                    return chosen
+            except (ClusterUnavailable, ClusterRefusal) as error:
+                log.warning("start offsets unknown", error=str(error), failures=failures + 1)
             await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])
             failures += 1
 
@@ -629,19 +624,19 @@ class Poller(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka's base
         return self._consumer
 
 
-async def _started(make: Callable[[], Any]) -> Any:
+async def _started(make: Callable[[], AIOKafkaConsumer]) -> AIOKafkaConsumer:
     """Start a client, trying until it works; ``start`` has no deadline of its own (H17)."""
     failures = 0
     while True:
         client = make()
         try:
-            async with asyncio.timeout(ADMIN_TIMEOUT_SECONDS):
+            async with asyncio.timeout(START_TIMEOUT_SECONDS):
                 await client.start()
         except (KafkaError, OSError, TimeoutError) as error:
             log.warning("broker not reachable, trying again", error=repr(error), failures=failures + 1)
-            await _closed(client, ADMIN_TIMEOUT_SECONDS)
+            await _closed(client, START_TIMEOUT_SECONDS)
         except BaseException:
-            await _closed(client, ADMIN_TIMEOUT_SECONDS)
+            await _closed(client, START_TIMEOUT_SECONDS)
             raise
         else:
             return client
@@ -649,16 +644,16 @@ async def _started(make: Callable[[], Any]) -> Any:
         failures += 1
 
 
-async def _closed(client: Any, timeout_seconds: float) -> None:
+async def _closed(client: AIOKafkaConsumer, timeout_seconds: float) -> None:
     """Close a client that may hang (H17) or raise what nobody caused (H17b)."""
-    closing = asyncio.ensure_future(client.stop() if hasattr(client, "stop") else client.close())
+    closing = asyncio.ensure_future(client.stop())
     done, _ = await asyncio.wait([closing], timeout=timeout_seconds)
     if not done:
-        log.warning("client did not stop in time", client=type(client).__name__, seconds=timeout_seconds)
+        log.warning("client did not stop in time", seconds=timeout_seconds)
         closing.cancel()
         await asyncio.wait([closing], timeout=1)
     elif not closing.cancelled() and (error := closing.exception()) is not None:
-        log.debug("client stopped with an error", client=type(client).__name__, error=repr(error))
+        log.debug("client stopped with an error", error=repr(error))
 
 
 async def _end(task: asyncio.Task[None] | None) -> None:

@@ -1,0 +1,415 @@
+"""The composition root: builds every part, starts and stops them in order, and turns what happened into an exit code.
+
+Start: storage (recovery of unfinished changes begins in the background), admin port, then the broker. An unreachable
+broker is not an exit: the service stays up, not ready, and goes on trying. Missing topics, and an output topic that is
+compacted without leave, are exit 2.
+
+Stop, in this order, each step with a deadline:
+
+1. *Poller*: poll no more, finish and answer what was started, commit, leave the group. Answers need the publisher, and
+   operations need storage, so both outlive it.
+2. *Publisher*: nothing is waiting in it any more after a full drain; after a drain that ran out of time, what waits is
+   forgotten and will be answered by whoever owns the partition next.
+3. *Storage*: join the clean-ups; those that do not end in time stand in the change log.
+4. *Admin port*: last, so that the draining service can be watched.
+
+The first SIGTERM or SIGINT starts the stop, the second ends the process at once (130 or 143): a crash loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from consumer.admin import AdminServer
+from consumer.assignment import Lane, Pipeline
+from consumer.budget import ByteBudget
+from consumer.codec import RESPONSE_PREFIX, OperationDecoder
+from consumer.commits import CommitPolicy
+from consumer.config import Config
+from consumer.errors import ConfigError
+from consumer.ids import ObjectId
+from consumer.kafka.clients import make_consumer, make_producer
+from consumer.kafka.poller import Poller
+from consumer.kafka.publisher import Publisher
+from consumer.kafka.topics import Cluster, TopicPlan, inspect_topics
+from consumer.log import configure as configure_log
+from consumer.log import get_logger
+from consumer.metrics import Counts, DebugState, EventLoopLag, new_registry, register
+from consumer.operations import StoredObject
+from consumer.permits import ConcurrencyLimiter
+from consumer.references import References
+from consumer.responses import response_partition
+from consumer.retry import RetryPolicy
+from consumer.service import StorageService
+from consumer.storage.factory import make_change_log, make_high_volume, make_long_term
+from consumer.storage.tiered import TieredStorage
+
+CLEAN, FAILURE, USAGE, FATAL = 0, 1, 2, 3
+"""Exit codes (contract 11)."""
+
+STOP_MARGIN_SECONDS = 15.0
+"""What a stop may take beside the drain (contract 11); the chart's grace period counts on it. After it the process ends
+whatever still hangs."""
+CLIENT_STOP_SECONDS = 3.0
+PUBLISHER_STOP_SECONDS = 2.0
+STORAGE_STOP_SECONDS = 3.0
+"""With the final commit's 5 s these three stay below :data:`STOP_MARGIN_SECONDS`."""
+
+SAMPLE_SECONDS = 5.0
+"""How often the entries of the change log are counted, for metrics and state."""
+
+GC_THRESHOLD = 50_000
+"""Allocations between collections of the youngest generation. What was built at start is frozen out of it; records,
+operations and responses make no cycles, so that collecting them more often finds nothing (about 15 % of CPU)."""
+
+log = get_logger(__name__)
+
+
+def main(config: Config) -> int:
+    """Run the service until a signal or a failure ends it; return the exit code.
+
+    Raises:
+        ConfigError: ``runtime.loop`` asks for an event loop that is not installed.
+    """
+    with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
+        return runner.run(run(config))
+
+
+def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if config.runtime.loop == "asyncio":
+        return None
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        if config.runtime.loop == "uvloop":
+            raise ConfigError("runtime.loop: uvloop is not installed; use auto or asyncio") from None
+        return None
+    return uvloop.new_event_loop
+
+
+async def run(config: Config) -> int:
+    """Run the service on the current event loop; return the exit code."""
+    configure_log(config.log.level, config.log.format)
+    app = App(config)
+    return await app.run()
+
+
+class _Limited:
+    """The storage as the service sees it: a read that no response could carry ends before its payload is loaded."""
+
+    def __init__(self, storage: TieredStorage, payload_limit: int) -> None:
+        self._storage = storage
+        self._payload_limit = payload_limit
+        self.put = storage.put
+        self.head = storage.head
+        self.delete = storage.delete
+        self.join = storage.join
+
+    async def get(self, object_id: ObjectId) -> StoredObject | None:
+        """Read an object, if it fits a response."""
+        return await self._storage.get(object_id, payload_limit=self._payload_limit)
+
+
+class App:
+    """One service process."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._state: str = "starting"
+        self._stop = asyncio.Event()
+        self._exit_code = CLEAN
+        self._counts = Counts()
+        self._limiter = ConcurrencyLimiter(config.concurrency.limit)
+        self._lag = EventLoopLag()
+        self._budget = ByteBudget(config.limits.in_flight_bytes)
+        self._storage_blocked = False
+        self._change_log_entries: int | None = None
+        self._not_started: str | None = "connecting to the broker"
+        self._storage: TieredStorage | None = None
+        self._publisher: Publisher | None = None
+        self._poller: Poller | None = None
+
+    async def run(self) -> int:
+        """Start, wait, stop."""
+        config = self._config
+        self._install_signals()
+        self._storage = TieredStorage(
+            make_high_volume(config.storage.high_volume),
+            make_long_term(config.storage.long_term),
+            make_change_log(config.storage.change_log),
+            config.storage.threshold,
+            observer=self._counts,
+        )
+        registry = new_registry()
+        register(registry, self._counts, self._limiter, self.snapshot, loop_lag=self._lag)
+        admin = AdminServer(
+            config.admin.host, config.admin.port, snapshot=self.snapshot, readiness=self.readiness, registry=registry
+        )
+        try:
+            port = await admin.start()
+        except OSError as error:
+            log.error("admin port cannot be opened", host=config.admin.host, port=config.admin.port, error=str(error))
+            await self._storage.close()
+            return USAGE
+        self._lag.start()
+        log.info("started", admin_host=config.admin.host, admin_port=port, pid=os.getpid())
+        sampler = asyncio.create_task(self._sample(), name="sampler")
+        starting = asyncio.create_task(self._start(), name="start")
+        await _first_of(starting, self._stop.wait())
+        if starting.done() and not starting.cancelled() and (failure := starting.exception()) is not None:
+            self._failed(failure)
+        if not self._stop.is_set():
+            _settle_garbage_collection()
+            await self._stop.wait()
+        self._state = "draining"
+        log.info("stopping", exit_code=self._exit_code)
+        guard = asyncio.get_running_loop().call_later(
+            config.rebalance.drain_timeout + STOP_MARGIN_SECONDS, self._give_up_stopping
+        )
+        await _cancelled(starting)
+        await self._shut_down()
+        await _cancelled(sampler)
+        self._state = "stopped"
+        self._lag.stop()
+        await admin.stop()
+        guard.cancel()
+        log.info("stopped", exit_code=self._exit_code)
+        return self._exit_code
+
+    # ------------------------------------------------------------------------------------------ start
+
+    async def _start(self) -> None:
+        config = self._config
+        plan = await inspect_topics(config)
+        self._not_started = "starting the producer"
+        publisher = self._publisher = Publisher(
+            partial(make_producer, config),
+            attempt_timeout_seconds=config.kafka.request_timeout,
+            on_failure=self._failed,
+        )
+        await publisher.start()
+        self._not_started = "joining the group"
+        pipeline = self._pipeline(plan, publisher)
+        poller = self._poller = Poller(
+            pipeline,
+            topics=config.input.topics,
+            group_id=config.kafka.group_id,
+            make_consumer=partial(make_consumer, config),
+            ask_cluster=partial(Cluster, config),
+            drain_timeout_seconds=config.rebalance.drain_timeout,
+            commit_policy=CommitPolicy(config.commit.interval, config.commit.max_records),
+            start=config.input.start,
+            out_of_range=config.input.out_of_range,
+            window_policy=config.window.policy,
+            window_exhausted=config.window.exhausted,
+            output_stuck=lambda: publisher.stuck,
+            storage_blocked=lambda: self._storage_blocked,
+            fatal=self._failed,
+        )
+        await poller.start()
+        self._not_started = None
+        self._state = "running"
+
+    def _pipeline(self, plan: TopicPlan, publisher: Publisher) -> Pipeline:
+        config = self._config
+        assert self._storage is not None
+        service = StorageService(
+            _Limited(self._storage, config.limits.response_bytes),
+            self._limiter,
+            references=References(config.references.allowed_prefixes, config.limits.object_bytes),
+            retry=RetryPolicy(
+                config.retry.attempts,
+                config.retry.initial,
+                config.retry.max,
+                config.retry.exhausted,
+                config.retry.attempt_timeout,
+            ),
+            on_blocked=self._storage_is_blocked,
+            counts=self._counts,
+            object_bytes_max=config.limits.object_bytes,
+        )
+        decoder = OperationDecoder(
+            framing=config.input.framing,
+            record_bytes_max=config.limits.record_bytes,
+            object_bytes_max=config.limits.object_bytes,
+            elements_max=config.limits.avro_elements,
+            usecases=config.usecases,
+        )
+
+        def lane_of(topic: str, partitions: int, partition: int) -> Lane:
+            return publisher.lane(topic, response_partition(partition, partitions))
+
+        dead_letters = config.dead_letter.topic
+        return Pipeline(
+            service=service,
+            decoder=decoder,
+            budget=self._budget,
+            counts=self._counts,
+            response_lane=partial(lane_of, config.output.topic, plan.output_partitions),
+            dead_letter_lane=(
+                partial(lane_of, dead_letters, plan.dead_letter_partitions) if dead_letters is not None else None
+            ),
+            cluster_id=plan.cluster_id or "",
+            group_id=config.kafka.group_id,
+            ordering=config.ordering,
+            fraction=config.window.fraction,
+            copy_headers=frozenset(config.output.copy_headers),
+            response_prefix=RESPONSE_PREFIX if config.output.framing == "single-object" else b"",
+            response_bytes_max=config.limits.response_bytes,
+            dead_letter_bytes_max=config.output.max_request_bytes,
+            read_bytes=config.storage.threshold,
+            derive_keys=config.storage.key_generation == "derived",
+            show_keys=config.admin.show_keys,
+            compacted=plan.output_compacted,
+        )
+
+    def _storage_is_blocked(self, blocked: bool) -> None:  # noqa: FBT001 - the signature of a callback
+        self._storage_blocked = blocked
+        if blocked:
+            log.error("storage unavailable: operations wait and are tried again")
+        else:
+            log.info("storage is back")
+
+    # ------------------------------------------------------------------------------------------ stop
+
+    def _install_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            os._exit(128 + number)
+        log.info("signal received", signal=number.name)
+        self._stop.set()
+
+    def _failed(self, error: BaseException) -> None:
+        """End the service because of *error*: with 2 where the configuration is wrong, else with 3."""
+        if self._exit_code not in {CLEAN, FAILURE}:
+            return
+        if isinstance(error, ConfigError):
+            self._exit_code = USAGE
+            log.error("cannot start", error=str(error))
+        else:
+            self._exit_code = FATAL
+            log.critical("fatal: a restart is right", exc_info=error)
+        self._stop.set()
+
+    def _give_up_stopping(self) -> None:
+        seconds = self._config.rebalance.drain_timeout + STOP_MARGIN_SECONDS
+        log.error("stop deadline reached, ending at once", seconds=seconds)
+        sys.stderr.flush()
+        os._exit(self._exit_code or FAILURE)
+
+    async def _shut_down(self) -> None:
+        """Stop the parts in the order of the module's first lines; no step's failure keeps the next from running."""
+        if self._poller is not None:
+            drain = self._config.rebalance.drain_timeout if self._exit_code == CLEAN else 0.0
+            done = await _step("poller", self._poller.stop(drain, CLIENT_STOP_SECONDS))
+            if not done and self._exit_code == CLEAN:
+                self._exit_code = FAILURE
+        if self._publisher is not None:
+            await _step("publisher", self._publisher.stop(PUBLISHER_STOP_SECONDS))
+        if self._storage is not None:
+            await _step("storage", self._close_storage(self._storage))
+
+    async def _close_storage(self, storage: TieredStorage) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STORAGE_STOP_SECONDS):
+                await storage.join()
+        await storage.close()
+
+    # ------------------------------------------------------------------------------------------ what can be seen
+
+    def snapshot(self) -> DebugState:
+        """Describe the service (contract 8)."""
+        limiter, poller = self._limiter, self._poller
+        state: Any = self._state
+        if state == "running" and poller is not None and poller.rebalancing:
+            state = "rebalancing"
+        storage = self._config.storage
+        return {
+            "state": state,
+            "limiter": {
+                "limit": limiter.limit,
+                "in_use": limiter.in_use,
+                "available": limiter.available,
+                "queued": limiter.queued,
+            },
+            "partitions": poller.snapshot() if poller is not None else [],
+            "totals": self._counts.totals(),
+            "storage": {
+                "high_volume": storage.high_volume.type,
+                "long_term": storage.long_term.type,
+                "change_log": storage.change_log.type,
+                "change_log_entries": self._change_log_entries,
+                "blocked": self._storage_blocked,
+            },
+            "in_flight_bytes": self._budget.used,
+        }
+
+    def readiness(self) -> tuple[bool, list[str]]:
+        """Whether the service is ready, and the reasons where it is not."""
+        reasons = self._reasons()
+        return not reasons, reasons
+
+    def _reasons(self) -> list[str]:
+        if self._state in {"draining", "stopped"}:
+            return [self._state]
+        if self._not_started is not None:
+            return [self._not_started]
+        reasons = self._poller.not_ready() if self._poller is not None else []
+        if self._publisher is not None and self._publisher.stuck:
+            reasons.append("responses are not being acknowledged")
+        if self._storage_blocked:
+            reasons.append("storage unavailable")
+        return reasons
+
+    async def _sample(self) -> None:
+        assert self._storage is not None
+        while True:
+            with suppress(Exception):  # unknown is a value here; storage reports its own faults
+                async with asyncio.timeout(SAMPLE_SECONDS):
+                    self._change_log_entries = await self._storage.change_log.count()
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+
+async def _first_of(task: asyncio.Task[None], other: Awaitable[object]) -> None:
+    """Wait until *task* has ended or *other* has; *other* is cancelled, *task* goes on."""
+    waiting = asyncio.ensure_future(other)
+    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """Cancel a task of our own and wait for its end, whatever it was."""
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def _step(name: str, work: Awaitable[Any]) -> Any:
+    """Run one step of the stop; a failure is logged, and None."""
+    began = time.monotonic()
+    try:
+        return await work
+    except Exception as error:  # noqa: BLE001 - the other steps have to run
+        log.error("stop step failed", step=name, error=repr(error))
+        return None
+    finally:
+        log.debug("stop step ended", step=name, seconds=round(time.monotonic() - began, 3))
+
+
+def _settle_garbage_collection() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 20, 100)
