@@ -27,7 +27,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -391,7 +391,12 @@ async def _discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
             task.cancel()
         await asyncio.wait(tasks, timeout=TEAR_DOWN_SECONDS)
     # Only now that nobody would queue them again: `stop`, and every lane, waits for these.
-    producer._message_accumulator.fail_all(KafkaError("the producer was thrown away"))  # noqa: SLF001 - above
+    accumulator = producer._message_accumulator  # noqa: SLF001 - above
+    error = KafkaError("the producer was thrown away")
+    for left in [*accumulator._pending_batches, *chain.from_iterable(accumulator._batches.values())]:  # noqa: SLF001 - above
+        left.failure(error)
+        for future in (left.future, left._drain_waiter):  # noqa: SLF001 - above
+            future.exception()  # its lane may be gone
     await asyncio.wait([stopping], timeout=TEAR_DOWN_SECONDS)
     # What `stop` did not come to. A connection that is not aborted would first send all it has to a frozen broker.
     for connection in list(producer.client._conns.values()):  # noqa: SLF001 - above
