@@ -1,0 +1,414 @@
+"""Throughput of the service against a bare client loop, on the same broker and the same records, in one run.
+
+1. A broker (embedded, unless one is given), an input topic filled once with inserts.
+2. In turns, each in a process of its own, from the first record on:
+
+   * *bare*: the loop most people write: ``getmany``, fastavro decode, fastavro encode of a response, ``send``, await
+     all of them, commit;
+   * *service*: ``tierstream run`` with memory tiers: window, ordering by key, storage, indexed responses with headers,
+     packed batches, watermark commits.
+
+3. Each is timed from outside, by the end offsets of its output topic, between the first responses and the last one, so
+   that start-up counts for neither. CPU is what the operating system charged to the process meanwhile.
+4. The stages of the service are timed one by one in this process, without a broker.
+
+Rates of different runs and machines cannot be compared; the ratio within one run can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from fastavro import parse_schema, schemaless_reader, schemaless_writer
+
+from consumer.avro_schemas import schema_text
+from consumer.broker import DevBroker
+from consumer.codec import OperationDecoder, ResponseEncoder, encode_operation
+from consumer.ids import ObjectContext
+from consumer.operations import DEFAULT_METADATA, Insert, Operation
+from consumer.permits import ConcurrencyLimiter
+from consumer.responses import ResponseHeaders
+from consumer.service import StorageService
+from consumer.storage.memory import MemoryBackend
+from consumer.storage.tiered import TieredStorage
+
+WARM_SHARE = 0.1
+"""Share of the responses that is not timed: the processes' first batches run on cold caches."""
+LOOK_SECONDS = 0.02
+"""How often the end offsets of the output are looked at: two hundredths of a run of a second."""
+RUN_SECONDS_MAX = 300.0
+"""Longest run of one process before the measurement fails."""
+BATCH_BYTES = 512 * 1024
+STAGE_RECORDS = 20_000
+COMPRESSION = "lz4"
+"""The service's default; the bare loop uses it too."""
+
+
+@dataclass
+class Run:
+    """One process over all records."""
+
+    records_per_second: float
+    cpu_microseconds: float
+    """CPU time a record, in this process alone."""
+    rss_mib: float
+    """Largest resident memory."""
+
+
+@dataclass
+class Report:
+    """What was measured."""
+
+    records: int
+    partitions: int
+    payload_bytes: int
+    bare: list[Run] = field(default_factory=list)
+    service: list[Run] = field(default_factory=list)
+    stages_microseconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Median records a second of the service over that of the bare loop."""
+        return _median(self.service, "records_per_second") / _median(self.bare, "records_per_second")
+
+    @property
+    def cpu_ratio(self) -> float:
+        """Median CPU a record of the bare loop over that of the service; above 1 the service needs less."""
+        return _median(self.bare, "cpu_microseconds") / _median(self.service, "cpu_microseconds")
+
+
+def _median(runs: list[Run], name: str) -> float:
+    return statistics.median(getattr(run, name) for run in runs)
+
+
+def main(
+    *,
+    bootstrap: str | None = None,
+    records: int = 200_000,
+    partitions: int = 8,
+    payload_bytes: int = 1024,
+    rounds: int = 3,
+    as_json: bool = False,
+) -> int:
+    """Measure, print the report on stdout and progress on stderr; return the exit code.
+
+    Args:
+        bootstrap: A broker to use; None starts the embedded one.
+        records: Records for each process of each round.
+        partitions: Of every topic.
+        payload_bytes: Of every insert.
+        rounds: How often each of the two runs.
+        as_json: Print JSON instead of a table.
+    """
+    report = asyncio.run(_measure(bootstrap, records, partitions, payload_bytes, rounds))
+    if as_json:
+        figures = {**asdict(report), "ratio": report.ratio, "cpu_ratio": report.cpu_ratio}
+        print(orjson.dumps(figures, option=orjson.OPT_INDENT_2).decode())  # noqa: T201 - the command's output
+    else:
+        _print(report)
+    return 0
+
+
+def _print(report: Report) -> None:
+    lines = [
+        f"{report.records} inserts of {report.payload_bytes} bytes, {report.partitions} partitions;"
+        + f" medians of {len(report.bare)} rounds",
+        "",
+        f"{'':10}{'records/s':>12}{'CPU us/record':>16}{'memory MiB':>13}",
+    ]
+    lines += [
+        f"{name:10}{_median(runs, 'records_per_second'):12,.0f}{_median(runs, 'cpu_microseconds'):16.1f}"
+        f"{_median(runs, 'rss_mib'):13.0f}"
+        for name, runs in (("bare loop", report.bare), ("service", report.service))
+    ]
+    verdict = f"{report.ratio:.2f} x the records per second, 1/{report.cpu_ratio:.2f} of the CPU a record"
+    lines += ["", f"service / bare loop: {verdict}", ""]
+    lines.append("stages of the service, one by one, microseconds a record:")
+    lines += [f"  {name:44}{cost:6.2f}" for name, cost in report.stages_microseconds.items()]
+    print("\n".join(lines))  # noqa: T201 - the command's output
+
+
+async def _measure(bootstrap: str | None, records: int, partitions: int, payload_bytes: int, rounds: int) -> Report:
+    report = Report(records, partitions, payload_bytes)
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tierstream-bench-")))
+        if bootstrap is None:
+            broker = DevBroker(folder / "broker")
+            await asyncio.to_thread(broker.start)
+            stack.push_async_callback(asyncio.to_thread, broker.stop)
+            bootstrap = broker.bootstrap
+        mark = f"bench-{os.getpid()}"
+        topic = f"{mark}-operations"
+        await _create(bootstrap, [topic], partitions)
+        _say(f"filling {topic} with {records} records")
+        await _fill(bootstrap, topic, records, partitions, payload_bytes)
+        for number in range(1, rounds + 1):
+            for name, runs in (("bare", report.bare), ("service", report.service)):
+                output = f"{mark}-{name}-{number}"
+                await _create(bootstrap, [output], partitions)
+                command = [sys.executable, "-m", "consumer.bench", bootstrap, topic, output]
+                if name == "service":
+                    config = _configure(folder, bootstrap, topic, output)
+                    command = [sys.executable, "-m", "consumer", "run", "--config", str(config)]
+                runs.append(await _timed(command, folder / f"{output}.log", bootstrap, output, records, partitions))
+                _say(f"round {number}, {name}: {runs[-1].records_per_second:,.0f} records/s")
+    _say("timing the stages")
+    report.stages_microseconds = await _stages(payload_bytes)
+    return report
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - progress
+
+
+async def _create(bootstrap: str, topics: list[str], partitions: int) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(topic, partitions, 1) for topic in topics])
+    finally:
+        await admin.close()
+
+
+async def _fill(bootstrap: str, topic: str, records: int, partitions: int, payload_bytes: int) -> None:
+    context = ObjectContext("bench")
+    payload = os.urandom(payload_bytes)
+    producer = AIOKafkaProducer(bootstrap_servers=bootstrap, max_batch_size=BATCH_BYTES, linger_ms=0)
+    await producer.start()
+    try:
+        batch, open_partition, number, pending = producer.create_batch(), 0, 0, []
+        while number < records:
+            key = f"object-{number}"
+            value = encode_operation(Insert(context, key, DEFAULT_METADATA, payload), None)
+            if batch.append(key=key.encode(), value=value, timestamp=int(time.time() * 1000)) is None:
+                pending.append(await producer.send_batch(batch, topic, partition=open_partition))
+                open_partition = (open_partition + 1) % partitions
+                batch = producer.create_batch()
+                continue
+            number += 1
+        pending.append(await producer.send_batch(batch, topic, partition=open_partition))
+        await asyncio.gather(*pending)
+    finally:
+        await producer.stop()
+
+
+def _configure(folder: Path, bootstrap: str, topic: str, output: str) -> Path:
+    path = folder / f"{output}.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "kafka": {"bootstrap_servers": [bootstrap], "group_id": output},
+                "input": {"topics": [topic]},
+                "output": {"topic": output, "compression": COMPRESSION, "max_request_bytes": "3MiB"},
+                "dead_letter": {"topic": None},
+                "storage": {
+                    "high_volume": {"type": "memory"},
+                    "long_term": {"type": "memory"},
+                    "change_log": {"type": "memory"},
+                },
+                "admin": {"port": 0},
+                "log": {"level": "warning", "format": "json"},
+            }
+        )
+    )
+    return path
+
+
+async def _timed(
+    command: list[str], log: Path, bootstrap: str, output: str, records: int, partitions: int
+) -> Run:
+    """Run *command* until *output* holds a response for each record; time it from outside.
+
+    Raises:
+        RuntimeError: the process ended before that, or takes too long.
+    """
+    watcher = AIOKafkaConsumer(bootstrap_servers=bootstrap)
+    await watcher.start()
+    ends = [TopicPartition(output, partition) for partition in range(partitions)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TIERSTREAM_")}
+    with log.open("wb") as stderr:
+        process = await asyncio.create_subprocess_exec(*command, stderr=stderr, env=environment)
+        try:
+            began, first, cpu_before = 0.0, 0, 0.0
+            async with asyncio.timeout(RUN_SECONDS_MAX):
+                while True:
+                    if process.returncode is not None:
+                        raise RuntimeError(f"ended with {process.returncode}: {_tail(log)}")
+                    answered = sum((await watcher.end_offsets(ends)).values())
+                    if not began and answered >= records * WARM_SHARE:
+                        began, first, cpu_before = time.perf_counter(), answered, _cpu_seconds(process.pid)
+                    if answered >= records:
+                        seconds, cpu = time.perf_counter() - began, _cpu_seconds(process.pid) - cpu_before
+                        return Run(
+                            records_per_second=(answered - first) / seconds,
+                            cpu_microseconds=cpu / (answered - first) * 1e6,
+                            rss_mib=_peak_mib(process.pid),
+                        )
+                    await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), 20)
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+            await watcher.stop()
+
+
+def _tail(log: Path) -> str:
+    return log.read_text()[-2000:]
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _peak_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+# --------------------------------------------------------------------------------------------- the bare loop
+
+
+async def bare_loop(bootstrap: str, topic: str, output: str) -> None:
+    """Consume, decode, answer, await, commit: the loop most people write; until it is stopped."""
+    operation_schema, response_schema = (parse_schema(orjson.loads(schema_text(name))) for name in ("operation", "response"))
+    consumer = AIOKafkaConsumer(
+        topic,
+        bootstrap_servers=bootstrap,
+        group_id=output,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        fetch_max_bytes=8 * 1024 * 1024,
+    )
+    producer = AIOKafkaProducer(
+        bootstrap_servers=bootstrap,
+        acks="all",
+        enable_idempotence=True,
+        compression_type=COMPRESSION,
+        max_batch_size=BATCH_BYTES,
+    )
+    await consumer.start()
+    await producer.start()
+    while True:
+        fetched = await consumer.getmany(timeout_ms=200, max_records=2_000)
+        sent = []
+        for partition, records in fetched.items():
+            for record in records:
+                operation: Any = schemaless_reader(BytesIO(record.value), operation_schema, None)
+                response = BytesIO()
+                body = operation["body"]
+                inserted = {"metadata": {**body["metadata"], "size": len(body["payload"])}}
+                schemaless_writer(
+                    response,
+                    response_schema,
+                    {
+                        "index": record.offset,
+                        "source": {"topic": record.topic, "partition": record.partition, "offset": record.offset},
+                        "request_id": operation["request_id"],
+                        "context": operation["context"],
+                        "kind": "insert",
+                        "key": body["key"],
+                        "status": 201,
+                        "result": ("tierstream.v1.Inserted", inserted),
+                        "completed_at": time.time_ns() // 1000,
+                    },
+                )
+                sent.append(
+                    await producer.send(output, response.getvalue(), key=record.key, partition=partition.partition)
+                )
+        if sent:
+            await asyncio.gather(*sent)
+            await consumer.commit()
+
+
+# --------------------------------------------------------------------------------------------- the stages
+
+
+async def _stages(payload_bytes: int) -> dict[str, float]:
+    """Time each stage of the service by itself over the same inserts."""
+    context = ObjectContext("bench")
+    payload = os.urandom(payload_bytes)
+    values = [
+        encode_operation(Insert(context, f"object-{number}", DEFAULT_METADATA, payload), None)
+        for number in range(STAGE_RECORDS)
+    ]
+    decoder, encoder = OperationDecoder(), ResponseEncoder("operations", 0)
+    storage = TieredStorage(MemoryBackend(), MemoryBackend())
+    service = StorageService(storage, ConcurrencyLimiter(500))
+    producer = AIOKafkaProducer(max_batch_size=BATCH_BYTES)
+    headers = ResponseHeaders("operations", 0)
+    now = time.time_ns() // 1000
+
+    decoded = [decoder.decode(value, ()) for value in values]
+    operations: list[Operation] = [one.operation for one in decoded if one.operation is not None]
+
+    async def inputs() -> AsyncIterator[tuple[int, Operation | Exception]]:
+        for item in enumerate(operations):
+            yield item
+
+    costs: dict[str, float] = {}
+    costs["decode (bytes to operation, checked)"] = _cost(lambda: [decoder.decode(value, ()) for value in values])
+    gc.collect()
+    began = time.perf_counter()
+    async with service.stream(ordering="key") as executor:
+        outcomes = [item async for item in executor.execute(inputs())]
+    costs["execute (window, key order, memory tier)"] = (time.perf_counter() - began) / len(operations) * 1e6
+    pairs = [(index, decoded[index], outcome) for index, outcome in outcomes]
+    costs["encode (outcome to bytes)"] = _cost(
+        lambda: [encoder.encode(index, one, outcome, now) for index, one, outcome in pairs]
+    )
+    costs["headers"] = _cost(lambda: [headers.make(index, 201, "insert", b"key", ()) for index, _, _ in pairs])
+    answers = [
+        (*headers.make(index, 201, "insert", b"key", ()), encoder.encode(index, one, outcome, now)[1])
+        for index, one, outcome in pairs
+    ]
+
+    def pack() -> None:
+        batch = producer.create_batch()
+        for key, made, value in answers:
+            if batch.append(timestamp=now // 1000, key=key, value=value, headers=made) is None:
+                batch.close()
+                batch = producer.create_batch()
+                batch.append(timestamp=now // 1000, key=key, value=value, headers=made)
+        batch.close()
+
+    costs["pack (into batches)"] = _cost(pack)
+    await service.join()
+    await producer.stop()
+    return costs
+
+
+def _cost(work: Callable[[], object]) -> float:
+    """Microseconds a record of *work* over :data:`STAGE_RECORDS` records; the best of three, as the rest is noise."""
+    best = float("inf")
+    for _ in range(3):
+        gc.collect()
+        began = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - began)
+    return best / STAGE_RECORDS * 1e6
+
+
+if __name__ == "__main__":
+    asyncio.run(bare_loop(*sys.argv[1:4]))
