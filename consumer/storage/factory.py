@@ -1,7 +1,7 @@
 """From settings to storage: one backend per tier and the change log, each made from its own section and nothing else.
 
-Making touches no file and no network; :func:`open_parts` does, so that storage that may not be used is noticed at start
-and ends it (contract 11), instead of failing every operation.
+Making waits for no file and no network; :func:`open_parts` does, so that storage that may not be used is noticed at
+start and ends it (contract 11), instead of failing every operation.
 """
 
 from __future__ import annotations
