@@ -608,7 +608,7 @@ class TestUnits:
         """Contract 6."""
         assert parse_duration(text) == seconds
 
-    @pytest.mark.parametrize("text", ["30", 30, 1.5, "", "s", "-1s", "1 s", "30S", "1e3s", "1s1", True, None, "\u0661s"])
+    @pytest.mark.parametrize("text", ["30", 30, 1.5, "", "s", "-1s", "1 s", "30S", "1e3s", True, None, "\u0661s"])
     def test_what_has_no_unit_is_no_duration(self, text: object) -> None:
         """30 what?"""
         with pytest.raises(ValueError, match="is a duration such as"):
