@@ -1,0 +1,171 @@
+"""A process that runs storage operations and kills itself at a named step; a program, started by `test_crashes.py`.
+
+It reads one request a line from stdin, forks a child for it (modules are loaded once, a run takes milliseconds), and
+answers with a line: how the child ended and what it had told until then. A *step* is a moment before or after a call to
+a backend, or before or after one of the system calls that change files; steps are counted by name.
+
+Request: ``{"folder": …, "owner": …, "later": seconds its clock is ahead, "operations": [[kind, key, payload size, fill],
+…], "watched": whether steps are told, "kill": [name, number] or null}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from consumer.ids import ObjectContext, ObjectId
+from consumer.operations import DEFAULT_METADATA
+from consumer.storage.filesystem import FilesystemBackend
+from consumer.storage.sqlite import SqliteBackend
+from consumer.storage.sqlite_change_log import SqliteChangeLog
+from consumer.storage.tiered import TieredStorage
+
+THRESHOLD = 100
+"""Objects above it are large: small enough that runs are quick."""
+
+WATCHED_CALLS = ("fsync", "mkdir", "rename", "rmdir", "unlink", "write")
+"""System calls that change files or make changes durable."""
+
+WATCHED_METHODS = {
+    "high_volume": {"put_non_tombstone", "head_tiered", "delete_non_tombstone", "compare_and_write", "forbid"},
+    "long_term": {"put", "delete"},
+    "change_log": {"record", "remove", "recoverable"},
+}
+
+CONTEXT = ObjectContext("crash")
+
+say = os.write
+"""The genuine call, whatever is watched."""
+
+
+class Steps:
+    """Tells every step it reaches, and dies at one of them."""
+
+    def __init__(self, told: int, kill: list[Any] | None) -> None:
+        self.armed = False
+        self._told = told
+        self._kill = kill
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def tell(self, what: str, *details: object) -> None:
+        """Write a line that survives our death."""
+        say(self._told, (json.dumps([what, *details]) + "\n").encode())
+
+    def reached(self, name: str) -> None:
+        """Be at step *name*; perhaps no further."""
+        if not self.armed:
+            return
+        with self._lock:
+            self._counts[name] += 1
+            self.tell("step", name, self._counts[name])
+            if self._kill == [name, self._counts[name]]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch_system(self) -> None:
+        """Make steps of the calls in :data:`WATCHED_CALLS`."""
+        for name in WATCHED_CALLS:
+            setattr(os, name, self._watched(name, getattr(os, name)))
+
+    def _watched(self, name: str, genuine: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            self.reached(f"before {name}")
+            answer = genuine(*given, **named)
+            self.reached(f"after {name}")
+            return answer
+
+        return call
+
+
+class Watched:
+    """A backend, with a step before and after every call that matters."""
+
+    def __init__(self, backend: object, tier: str, steps: Steps) -> None:
+        self._backend = backend
+        self._tier = tier
+        self._steps = steps
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._backend, name)
+        if name not in WATCHED_METHODS[self._tier]:
+            return method
+
+        async def call(*given: Any) -> Any:
+            self._steps.reached(f"before {self._tier}.{name}")
+            answer = await method(*given)
+            self._steps.reached(f"after {self._tier}.{name}")
+            return answer
+
+        return call
+
+
+async def run(request: dict[str, Any], steps: Steps) -> None:
+    """Open the storage, apply the operations, join, close."""
+    folder = Path(request["folder"])
+    steps.armed = request["watched"]
+    later: float = request["later"]
+    change_log = SqliteChangeLog(
+        folder / "objects.sqlite", request["owner"], monotonic=lambda: time.monotonic() + later
+    )
+    storage = TieredStorage(
+        cast("Any", Watched(SqliteBackend(folder / "objects.sqlite"), "high_volume", steps)),
+        cast("Any", Watched(FilesystemBackend(folder / "objects"), "long_term", steps)),
+        cast("Any", Watched(change_log, "change_log", steps)),
+        THRESHOLD,
+    )
+    for number, (kind, key, size, fill) in enumerate(request["operations"]):
+        object_id = ObjectId(CONTEXT, key)
+        if kind == "put":
+            await storage.put(object_id, DEFAULT_METADATA, fill.encode() * size)
+        elif kind == "delete":
+            await storage.delete(object_id)
+        else:
+            found = await storage.get(object_id)
+            assert found is None or isinstance(found.payload, bytes)
+            steps.tell("read", key, None if found is None else cast("bytes", found.payload).decode())
+        steps.tell("acknowledged", number)
+    await storage.join()
+    steps.tell("joined")
+    steps.armed = False
+    await storage.close()
+
+
+def child(request: dict[str, Any], told: int) -> NoReturn:
+    """Serve one request and end."""
+    steps = Steps(told, request["kill"])
+    steps.watch_system()
+    try:
+        asyncio.run(run(request, steps))
+    except BaseException as error:  # noqa: BLE001 - told to whoever asked
+        steps.tell("error", repr(error))
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            child(request, writing)
+        os.close(writing)
+        with os.fdopen(reading) as told:
+            lines = [json.loads(text) for text in told]
+        _, status = os.waitpid(pid, 0)
+        sys.stdout.write(json.dumps({"exit": os.waitstatus_to_exitcode(status), "told": lines}) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
