@@ -189,8 +189,8 @@ async def make(failures: list[BaseException]) -> AsyncIterator[Callable[..., Pub
         return made[-1]
 
     yield make
-    for publisher in made:
-        await publisher.stop(5)
+    while made:
+        await made.pop().stop(5)
     gc.collect()  # an exception nobody looked at is reported now, while the guard listens
     assert failures == []
 
@@ -479,6 +479,33 @@ async def test_after_a_failure_a_new_producer_sends_the_batch_again(
     assert producers.made[0]._closed
 
 
+async def test_a_failed_batch_goes_out_before_what_was_appended_behind_it(
+    embedded: Broker, make: Callable[..., Publisher]
+) -> None:
+    """Contract 4, `key`: the responses of one object are sent in the order they were handed in, whatever fails."""
+    sending, fail = asyncio.Event(), asyncio.Event()
+
+    class FailsLate(AIOKafkaProducer):
+        async def send_batch(self, batch: BatchBuilder, topic: str, *, partition: int) -> asyncio.Future[Any]:
+            sending.set()
+            await fail.wait()
+            raise KafkaError("not sent")
+
+    topic = embedded.create_topic("before")
+    publisher = make(Producers(embedded.bootstrap, FailsLate, AIOKafkaProducer))
+    await publisher.start()
+    owner, lane = Owner(), publisher.lane(topic, 0)
+    owner.hand_in(lane, range(10))
+    async with asyncio.timeout(WAIT_SECONDS):
+        await sending.wait()
+    owner.hand_in(lane, range(10, 20))
+    assert publisher.waiting == 20
+    fail.set()
+    await owner.until_answered(20)
+
+    assert owner.acknowledged_tokens == keys(embedded, topic) == list(range(20))
+
+
 async def test_a_batch_whose_answer_was_lost_is_written_twice_and_acknowledged_once(
     broker: Broker, make: Callable[..., Publisher]
 ) -> None:
@@ -637,7 +664,7 @@ async def test_stopping_is_bounded_whatever_the_broker_does(
 ) -> None:
     """H17, H18b: the client's own stop waits for ever; ours leaves no task behind, which every test here checks."""
     topic = own_broker.create_topic("away", 3)
-    publisher = make(Producers(own_broker.bootstrap), 0.2)
+    publisher = make(producers := Producers(own_broker.bootstrap), 0.2)
     await publisher.start()
     owner = Owner()
     for partition in range(3):
@@ -648,6 +675,9 @@ async def test_stopping_is_bounded_whatever_the_broker_does(
         owner.hand_in(publisher.lane(topic, partition), range(3, 2_000), noise(5_000))
     await lines.until("no acknowledgement", 3)
 
+    (producer,) = producers.made
+    transports = [connection._writer.transport for connection in producer.client._conns.values() if connection._writer]
+
     loop = asyncio.get_running_loop()
     began = loop.time()
     await publisher.stop(0.1)
@@ -655,6 +685,7 @@ async def test_stopping_is_bounded_whatever_the_broker_does(
     thaw(own_broker)
 
     assert took < 0.1 + 4 * publisher_module.TEAR_DOWN_SECONDS
+    assert [transport.get_write_buffer_size() for transport in transports] == [0] * len(transports)
     assert owner.acknowledged_tokens == [0, 1, 2]
 
 
@@ -816,3 +847,18 @@ async def test_the_installed_client_has_what_ending_it_by_force_needs(embedded: 
     assert producer.client._conns
     assert all(connection._writer.transport.is_closing() is False for connection in producer.client._conns.values())
     await producer.stop()
+
+
+async def test_no_request_outlives_a_producer_that_was_ended_by_force(embedded: Broker) -> None:
+    """With several brokers there are several requests under way; aiokafka itself waits for, or cancels, only one."""
+    producer = Producers(embedded.bootstrap)(1000)
+    await producer.start()
+    await asyncio.sleep(0)
+    routine = producer._sender.sender_task
+    requests = [asyncio.create_task(asyncio.Event().wait()) for _ in range(3)]
+    routine.get_coro().cr_frame.f_locals["tasks"].update(requests)
+
+    await publisher_module._discard(producer, 0)
+
+    assert [request.cancelled() for request in requests] == [True] * 3
+    assert routine.done()

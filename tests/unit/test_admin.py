@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientSession, web
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -124,6 +124,13 @@ async def is_closed(reader: asyncio.StreamReader) -> bool:
             return await reader.read() == b""
     except ConnectionResetError:
         return True
+
+
+def web_server(server: AdminServer) -> web.Server:
+    """The library's server behind a port, which knows the connections."""
+    assert server._runner is not None
+    assert server._runner.server is not None
+    return server._runner.server
 
 
 async def hang_up(writer: asyncio.StreamWriter) -> None:
@@ -364,11 +371,8 @@ async def test_a_client_that_does_not_read_is_cut_off(service: Service, monkeypa
         slow.setblocking(False)
         await loop.sock_connect(slow, ("127.0.0.1", port))
         await loop.sock_sendall(slow, b"GET /debug/state HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert server._runner is not None
-        web_server = server._runner.server
-        assert web_server is not None
         async with asyncio.timeout(WAIT_SECONDS):
-            while service.snapshots == 0 or web_server.connections:  # noqa: ASYNC110 - aiohttp has no event for it
+            while service.snapshots == 0 or web_server(server).connections:  # noqa: ASYNC110 - aiohttp has no event for it
                 await asyncio.sleep(0)
 
         received = 0
@@ -377,6 +381,19 @@ async def test_a_client_that_does_not_read_is_cut_off(service: Service, monkeypa
                 received += len(some)
         assert received < 32_000_000  # what the system had taken; the rest was thrown away
 
+    await server.stop()
+
+
+async def test_an_answer_counts_as_taken_only_when_none_of_it_is_left_here(service: Service) -> None:
+    """A transport with bytes to send closes only when they are gone: for a client that reads nothing, never."""
+    server = service.port()
+    reader, writer = await connect(await server.start(), b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readuntil(b"OK\n")
+    (connection,) = web_server(server).connections
+    assert isinstance(connection.transport, asyncio.Transport)
+
+    assert connection.transport.get_write_buffer_limits() == (0, 0)
+    await hang_up(writer)
     await server.stop()
 
 
@@ -421,6 +438,30 @@ async def test_a_scrape_that_takes_too_long_is_refused(
 
     assert refused.status == 503
     assert (await client.ask("/metrics")).status == 200
+
+
+async def test_one_scrape_is_rendered_at_a_time(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Impatient scrapers must not take every thread of the process."""
+    begun, release = threading.Event(), threading.Event()
+    rendering: list[int] = []
+    most: list[int] = []
+
+    def slow(_registry: Any) -> bytes:
+        rendering.append(1)
+        most.append(len(rendering))
+        begun.set()
+        release.wait(WAIT_SECONDS)
+        rendering.pop()
+        return b""
+
+    monkeypatch.setattr(admin, "choose_encoder", lambda _accept: (slow, "text/plain"))
+    scrapes = [asyncio.create_task(client.ask("/metrics")) for _ in range(3)]
+    assert await asyncio.to_thread(begun.wait, WAIT_SECONDS)
+    assert (await client.ask("/healthz")).status == 200  # rendering is in nobody's way
+    release.set()
+
+    assert [answer.status for answer in await asyncio.gather(*scrapes)] == [200, 200, 200]
+    assert most == [1, 1, 1]
 
 
 async def test_what_is_no_http_is_refused(client: Client) -> None:
