@@ -51,7 +51,7 @@ class GatedStorage:
         hold_all: Calls on all keys wait, until the key is let go.
     """
 
-    def __init__(self, held: Iterable[str] = (), *, hold_all: bool = False) -> None:
+    def __init__(self, *held: str, hold_all: bool = False) -> None:
         self.objects: dict[str, StoredObject] = {}
         self.calls: list[tuple[str, str]] = []
         """Every call, in order of its start: method and key."""
