@@ -3,6 +3,9 @@
 The load of these tests is checked to the status: each object is inserted once, read twice and, every fourth one,
 deleted, always in one partition, so that key ordering leaves one right answer to each operation, also after a replay
 (of a deleted object two: a replayed read may find it gone).
+
+Kills of the service are played on Apache Kafka alone: the embedded broker never expires a dead member, so that its group
+would admit nobody any more.
 """
 
 from __future__ import annotations
@@ -104,10 +107,10 @@ def read_back(load: Load, count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(60 + ROUND_SECONDS * (ROUNDS + 1))
 def test_hard_kills_under_load_lose_nothing_and_repeat_only_what_was_not_committed(
-    broker: Broker, set_stage: SetStage
+    apache: Broker, set_stage: SetStage
 ) -> None:
     """I1, I3-I7, contract 3: SIGKILL at random; at most what was not committed, plus a window a kill, repeats."""
-    stage = set_stage(broker, partitions=PARTITIONS)
+    stage = set_stage(apache, partitions=PARTITIONS)
     ledger, load, chance = stage.ledger, Load(stage.ledger), random.Random(ROUNDS)
     repeats: Counter[str] = Counter()
     committed: dict[int, int] = {}
@@ -154,10 +157,10 @@ def ends(ledger: Ledger) -> dict[int, int]:
 
 @pytest.mark.slow
 def test_a_kill_after_the_answers_and_before_the_commit_answers_everything_once_more_and_the_same(
-    broker: Broker, set_stage: SetStage
+    apache: Broker, set_stage: SetStage
 ) -> None:
     """I1, I6, K-7, contract 5: storage done, responses acknowledged, no commit: the replay writes the same objects."""
-    stage = set_stage(broker, partitions=PARTITIONS, commit={"interval": "10m", "max_records": 1_000_000})
+    stage = set_stage(apache, partitions=PARTITIONS, commit={"interval": "10m", "max_records": 1_000_000})
     ledger = stage.ledger
     service = stage.start(partitions=PARTITIONS)
     for number in range(400):
@@ -255,9 +258,9 @@ def test_members_that_come_and_go_under_load_repeat_nothing(broker: Broker, set_
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_member_that_is_killed_leaves_its_partitions_to_the_other(broker: Broker, set_stage: SetStage) -> None:
+def test_a_member_that_is_killed_leaves_its_partitions_to_the_other(apache: Broker, set_stage: SetStage) -> None:
     """I1, I3, I6, I10: two members, one killed under load; the other takes over and answers all of it."""
-    stage = set_stage(broker, partitions=PARTITIONS)
+    stage = set_stage(apache, partitions=PARTITIONS)
     ledger, load = stage.ledger, Load(stage.ledger)
     killed = stage.start(name="killed")
     left = stage.start(partitions=PARTITIONS // 2, name="left")
