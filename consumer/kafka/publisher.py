@@ -385,7 +385,11 @@ async def _discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
     await asyncio.wait([stopping], timeout=timeout_seconds)
     routine = producer._sender.sender_task  # noqa: SLF001 - see above, also for the others
     if routine is not None and not routine.done():
-        # A cancelled routine waits for its requests, and they for the broker: so they are cancelled first.
+        # Closing a connection would first send all it has, when a frozen broker wakes up; and a cancelled routine waits
+        # for its requests, which wait for the broker: so both go at once, before `stop` gets its turn.
+        for connection in producer.client._conns.values():  # noqa: SLF001 - above
+            if connection._writer is not None:  # noqa: SLF001 - above
+                connection._writer.transport.abort()  # noqa: SLF001 - above
         tasks = [*routine.get_coro().cr_frame.f_locals.get("tasks", ()), routine]
         for task in tasks:
             task.cancel()
@@ -398,10 +402,7 @@ async def _discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
         for future in (left.future, left._drain_waiter):  # noqa: SLF001 - above
             future.exception()  # its lane may be gone
     await asyncio.wait([stopping], timeout=TEAR_DOWN_SECONDS)
-    # What `stop` did not come to. A connection that is not aborted would first send all it has to a frozen broker.
-    for connection in list(producer.client._conns.values()):  # noqa: SLF001 - above
-        if connection._writer is not None:  # noqa: SLF001 - above
-            connection._writer.transport.abort()  # noqa: SLF001 - above
+    # What a `stop` that was cancelled, or raised, did not come to.
     closing = asyncio.create_task(producer.client.close())
     closing.add_done_callback(_ignore)
     await asyncio.wait([stopping, closing], timeout=TEAR_DOWN_SECONDS)
