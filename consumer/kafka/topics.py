@@ -257,7 +257,7 @@ class Cluster:
         return await self._persistently(f"group {group}", lambda: self._group(group))
 
     async def offsets(self, partitions: Iterable[Partition], at: int) -> dict[Partition, int]:
-        """Return an offset of each partition.
+        """Return an offset of each partition, in their order.
 
         Args:
             partitions: Existing partitions.
@@ -273,7 +273,7 @@ class Cluster:
         late = [partition for partition, offset in found.items() if offset < 0]
         if late:
             found |= await self._persistently("offsets", lambda: self._offsets(late, LATEST))
-        return found
+        return {partition: found[partition] for partition in asked}
 
     # ------------------------------------------------------------------------------------------ single attempts
 
