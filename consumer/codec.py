@@ -51,7 +51,6 @@ from consumer.errors import (
 from consumer.ids import SCOPES_MAX, STORAGE_PATH_BYTES_MAX, ObjectContext, Scope, check_key
 from consumer.operations import (
     CONTENT_TYPE_DEFAULT,
-    CUSTOM_PAIRS_MAX,
     DEFAULT_METADATA,
     Delete,
     Deleted,
@@ -100,6 +99,7 @@ _GENERATED_KEY_BYTES = 36
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _ENDS_EARLY = "the record ends too early"
+_TOO_MANY_ITEMS = "the record has more items than allowed"
 _UNKNOWN_SCHEMA = "the record's schema is not known"
 
 _Found = TypeVar("_Found")
@@ -188,7 +188,7 @@ class Decoded:
 class _Context:
     """A context as read, with what is derived from it once. Without ``context`` there is an ``error``."""
 
-    __slots__ = ("context", "encoded", "error", "policy", "prefix_bytes")
+    __slots__ = ("context", "elements", "encoded", "error", "policy", "prefix_bytes")
 
     def __init__(self, usecase: str, scopes: Sequence[tuple[str, str]], policies: Mapping[str, UsecasePolicy]) -> None:
         self.context: ObjectContext | None = None
@@ -196,6 +196,8 @@ class _Context:
         self.encoded: bytes | None = None
         self.prefix_bytes = 0
         """Bytes of the storage path before the key; ASCII by the rules of a context."""
+        self.elements = len(scopes)
+        """Items it counts for against the element limit."""
         self.policy = policies.get(usecase)
         try:
             self.context = ObjectContext(usecase, [Scope(name, value) for name, value in scopes[: SCOPES_MAX + 1]])
@@ -209,7 +211,7 @@ class _Context:
 class _Metadata:
     """Metadata as read. Without ``metadata`` there is an ``error``."""
 
-    __slots__ = ("error", "metadata")
+    __slots__ = ("elements", "error", "metadata")
 
     def __init__(
         self,
@@ -222,6 +224,8 @@ class _Metadata:
     ) -> None:
         self.metadata: Metadata | None = None
         self.error: InvalidMetadata | None = None
+        self.elements = len(custom)
+        """Items it counts for against the element limit."""
         try:
             metadata = Metadata(
                 content_type, _expiration(expiration), compression, filename, origin, dict(custom) if custom else {}
@@ -296,7 +300,7 @@ def _pairs(data: bytes, at: int, elements_max: int) -> tuple[list[tuple[str, str
             size, at = read_number(data, at)
             block_end = at + size
         if len(pairs) + count > elements_max:
-            raise DecodeError(f"more than {elements_max} items")
+            raise DecodeError(_TOO_MANY_ITEMS)
         if 2 * count > len(data) - at:
             raise DecodeError(_ENDS_EARLY)
         for _ in range(count):
@@ -314,9 +318,6 @@ class _Reader:
         self._policies = policies
         self._elements_max = elements_max
         self._contexts: dict[tuple[str, tuple[tuple[str, str], ...]], _Context] = {}
-        # The element limit is counted over the whole datum. What is remembered is not counted again, so it is
-        # remembered only where it cannot reach the limit.
-        self._remembers = elements_max >= SCOPES_MAX + CUSTOM_PAIRS_MAX
         self._context = _Context("", (), policies)
         self._context_bytes = b"\x00\x00"
         self._metadata = _Metadata()
@@ -330,12 +331,11 @@ class _Reader:
             IndexError: it ends too early.
             UnicodeDecodeError: a string is not UTF-8.
         """
-        elements = 0
         if data.startswith(self._context_bytes, at):
             context = self._context
             at += len(self._context_bytes)
         else:
-            context, elements, at = self._read_context(data, at)
+            context, at = self._read_context(data, at)
 
         first = data[at]
         if first == 0:
@@ -353,8 +353,10 @@ class _Reader:
             if data.startswith(self._metadata_bytes, at):
                 metadata = self._metadata
                 at += len(self._metadata_bytes)
+                if context.elements + metadata.elements > self._elements_max:
+                    raise DecodeError(_TOO_MANY_ITEMS)
             else:
-                metadata, at = self._read_metadata(data, at, elements)
+                metadata, at = self._read_metadata(data, at, self._elements_max - context.elements)
             index, at = read_index(data, at, 2)
             payload, at = _reference(data, at) if index else _sized(data, at)
             body = "insert", key, metadata, payload
@@ -365,16 +367,16 @@ class _Reader:
             raise DecodeError("bytes are left over after the record")
         return context, request_id, body
 
-    def _read_context(self, data: bytes, at: int) -> tuple[_Context, int, int]:
-        """Read a context; return it, how many scopes it has, and where it ends."""
+    def _read_context(self, data: bytes, at: int) -> tuple[_Context, int]:
+        """Read a context, and remember it."""
         start = at
         usecase, at = _text(data, at)
         scopes, at = _pairs(data, at, self._elements_max)
         context = self.context(usecase, scopes)
-        if self._remembers and context.error is None and at - start <= REMEMBERED_BYTES_MAX:
+        if context.error is None and at - start <= REMEMBERED_BYTES_MAX:
             self._context = context
             self._context_bytes = data[start:at]
-        return context, len(scopes), at
+        return context, at
 
     def context(self, usecase: str, scopes: Sequence[tuple[str, str]]) -> _Context:
         """Return the context of these strings, the same object as last time where that can be."""
@@ -388,24 +390,19 @@ class _Reader:
                 self._contexts[name] = context
         return context
 
-    def _read_metadata(self, data: bytes, at: int, elements: int) -> tuple[_Metadata, int]:
-        """Read metadata; *elements* items of the datum are counted already."""
+    def _read_metadata(self, data: bytes, at: int, elements_max: int) -> tuple[_Metadata, int]:
+        """Read metadata of at most *elements_max* items, and remember it."""
         start = at
         content_type, at = _text(data, at)
         expiration, at = _optional(data, at, _expiration_fields)
         compression, at = _optional(data, at, _text)
         filename, at = _optional(data, at, _text)
         origin, at = _optional(data, at, _text)
-        custom, at = _pairs(data, at, self._elements_max - elements)
+        custom, at = _pairs(data, at, elements_max)
         for _ in range(3):  # time_created, time_expires, size: read-only, so whatever they hold is ignored
             _, at = _optional(data, at, read_number)
         metadata = _Metadata(content_type, expiration, compression, filename, origin, custom)
-        if (
-            self._remembers
-            and metadata.error is None
-            and len(custom) <= CUSTOM_PAIRS_MAX
-            and at - start <= REMEMBERED_BYTES_MAX
-        ):
+        if metadata.error is None and at - start <= REMEMBERED_BYTES_MAX:
             self._metadata = metadata
             self._metadata_bytes = data[start:at]
         return metadata, at

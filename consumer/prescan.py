@@ -229,7 +229,7 @@ def _blocks(item: _Step, size_min: int, weight: int) -> _Step:
                 raise DecodeError(_ENDS_EARLY)
             budget[0] -= count * weight
             if budget[0] < 0:
-                raise DecodeError("more items than allowed")
+                raise DecodeError("the record has more items than allowed")
             for _ in range(count):
                 at = item(data, at, budget)
             if end is not None and at != end:

@@ -299,8 +299,8 @@ def scanned(data: bytes) -> bool:
 def test_what_is_accepted_everybody_reads_the_same_and_the_scanner_accepts_nothing_else() -> None:
     """Faults 4.3: 12,000 mutated records.
 
-    The reader for v1 and the scanner for any schema share only how a number, a length and an index are read. They accept
-    the same data, and what they accept fastavro and Apache's Avro read to the same values and the same end.
+    The reader for v1 and the scanner for any schema share only how a number, a length and an index are read. They
+    accept the same data, and what they accept fastavro and Apache's Avro read to the same values and the same end.
     """
     decoder = OperationDecoder(framing="bare")
     accepted = invalid = refused = 0
