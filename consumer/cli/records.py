@@ -15,10 +15,8 @@ from consumer.cli.options import AsJson, Bootstrap, ConfigFile, DryRun, Group, Y
 from consumer.cli.output import EXIT_FAILURE, EXIT_USAGE, Failure, complain, note, say, say_json, say_table
 
 if TYPE_CHECKING:
-    from aiokafka import ConsumerRecord
-
     from consumer.config import Config
-    from consumer.kafka.tools import Outgoing
+    from consumer.kafka.tools import Outgoing, Record
 
 LINES_AT_ONCE: Final = 200
 """Lines read in one go from a file; from a pipe each one is sent when it comes."""
@@ -209,7 +207,7 @@ async def _tail(settings: Config, topic: str, follow: bool, from_beginning: bool
     return undecodable
 
 
-def response_line(record: ConsumerRecord[bytes, bytes], framing: str) -> dict[str, Any]:
+def response_line(record: Record, framing: str) -> dict[str, Any]:
     """Return a response as it is shown: its fields, then where it lies; or why it cannot be decoded."""
     from consumer.cli.lines import header_pairs, shown
     from consumer.codec import decode_response

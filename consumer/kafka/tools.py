@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterab
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Final, Protocol, TypedDict
+from typing import Any, Final, Protocol, TypeAlias, TypedDict
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
@@ -39,6 +39,10 @@ TAIL_DEFAULT: Final = 10
 """How many records ``tail`` shows unless told otherwise."""
 MAP_PREFIX: Final = "ts1:"
 """What an offset map in a commit's metadata begins with (contract 3)."""
+
+
+Record: TypeAlias = ConsumerRecord[bytes, bytes]
+"""A record as it was read."""
 
 
 class Lag(TypedDict):
@@ -220,7 +224,7 @@ async def produce(
 
 async def tail(
     config: Config, topic: str, *, follow: bool = False, from_beginning: bool = False, limit: int | None = None
-) -> AsyncGenerator[ConsumerRecord[bytes, bytes], None]:
+) -> AsyncGenerator[Record, None]:
     """Yield records of *topic*.
 
     ``follow`` yields what comes from now on, after what is there if ``from_beginning``, until *limit* or cancellation.
@@ -277,7 +281,7 @@ async def _reader(
         await _stopped(reader)
 
 
-async def _fetched(reader: AIOKafkaConsumer) -> list[ConsumerRecord[bytes, bytes]]:
+async def _fetched(reader: AIOKafkaConsumer) -> list[Record]:
     try:
         batches = await reader.getmany(timeout_ms=FETCH_MS)
     except KafkaError as error:
@@ -285,7 +289,7 @@ async def _fetched(reader: AIOKafkaConsumer) -> list[ConsumerRecord[bytes, bytes
     return list(chain.from_iterable(batches.values()))
 
 
-async def _follow(reader: AIOKafkaConsumer) -> AsyncIterator[ConsumerRecord[bytes, bytes]]:
+async def _follow(reader: AIOKafkaConsumer) -> AsyncIterator[Record]:
     while True:
         for record in await _fetched(reader):
             yield record
@@ -293,7 +297,7 @@ async def _follow(reader: AIOKafkaConsumer) -> AsyncIterator[ConsumerRecord[byte
 
 async def _until(
     reader: AIOKafkaConsumer, ends: Mapping[TopicPartition, int]
-) -> AsyncIterator[ConsumerRecord[bytes, bytes]]:
+) -> AsyncIterator[Record]:
     """Yield the records below *ends*; offsets have gaps, so what ends it is the position."""
     heard = time.monotonic()
     behind = await _behind(reader, ends, ends)
