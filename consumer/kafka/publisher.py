@@ -397,7 +397,9 @@ async def _discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
     # Only now that nobody would queue them again: `stop`, and every lane, waits for these.
     accumulator = producer._message_accumulator  # noqa: SLF001 - above
     error = KafkaError("the producer was thrown away")
-    for left in [*accumulator._pending_batches, *chain.from_iterable(accumulator._batches.values())]:  # noqa: SLF001 - above
+    pending = accumulator._pending_batches  # noqa: SLF001 - above
+    pending.update(chain.from_iterable(accumulator._batches.values()))  # noqa: SLF001 - a batch that fails is sought there
+    for left in list(pending):
         left.failure(error)
         for future in (left.future, left._drain_waiter):  # noqa: SLF001 - above
             future.exception()  # its lane may be gone

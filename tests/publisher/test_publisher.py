@@ -865,3 +865,26 @@ async def test_no_request_outlives_a_producer_that_was_ended_by_force(embedded: 
 
     assert [request.cancelled() for request in requests] == [True] * 3
     assert routine.done()
+
+
+async def test_a_batch_that_was_to_be_tried_again_fails_without_noise(own_broker: Broker) -> None:
+    """The client looks for it among the batches under way when it fails, but it waits in the queue again."""
+    topic = own_broker.create_topic("retried")
+    producer = Producers(own_broker.bootstrap)(1000)
+    await producer.start()
+    await producer.partitions_for(topic)
+    freeze(own_broker)
+    batch = producer.create_batch()
+    batch.append(timestamp=0, key=b"0", value=b"", headers=[])
+    future = await producer.send_batch(batch, topic, partition=0)
+    accumulator = producer._message_accumulator
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not accumulator._pending_batches:  # noqa: ASYNC110 - aiokafka has no event for it
+            await asyncio.sleep(0)
+    accumulator.reenqueue(*accumulator._pending_batches)
+
+    await publisher_module._discard(producer, 0)
+    thaw(own_broker)
+
+    with pytest.raises(KafkaError, match="thrown away"):
+        await future
