@@ -34,7 +34,7 @@ from consumer.assignment import Lane, Pipeline
 from consumer.budget import ByteBudget
 from consumer.codec import RESPONSE_PREFIX, OperationDecoder
 from consumer.commits import CommitPolicy
-from consumer.config import Config
+from consumer.config import RESPONSE_OVERHEAD_BYTES, Config
 from consumer.errors import ConfigError
 from consumer.ids import ObjectId
 from consumer.kafka.clients import make_consumer, make_producer
@@ -264,8 +264,8 @@ class App:
             fraction=config.window.fraction,
             copy_headers=frozenset(config.output.copy_headers),
             response_prefix=RESPONSE_PREFIX if config.output.framing == "single-object" else b"",
-            response_bytes_max=config.limits.response_bytes,
-            dead_letter_bytes_max=config.output.max_request_bytes,
+            response_bytes_max=_at_most(config.limits.response_bytes, plan.output_bytes_max, RESPONSE_OVERHEAD_BYTES),
+            dead_letter_bytes_max=plan.dead_letter_bytes_max or config.limits.record_bytes + RESPONSE_OVERHEAD_BYTES,
             read_bytes=config.storage.threshold,
             derive_keys=config.storage.key_generation == "derived",
             show_keys=config.admin.show_keys,
@@ -381,6 +381,11 @@ class App:
                 async with asyncio.timeout(SAMPLE_SECONDS):
                     self._change_log_entries = await self._storage.change_log.count()
             await asyncio.sleep(SAMPLE_SECONDS)
+
+
+def _at_most(limit: int, topic_limit: int | None, overhead: int) -> int:
+    """Return *limit*, lowered to what a topic takes beside *overhead*."""
+    return limit if topic_limit is None else max(0, min(limit, topic_limit - overhead))
 
 
 async def _first_of(task: asyncio.Task[None], other: Awaitable[object]) -> None:

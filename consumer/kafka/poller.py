@@ -176,8 +176,8 @@ class Poller(ConsumerRebalanceListener):
         """
         self._stopping = True
         await _end(self._poll_task)
-        done = await self._release(drain_timeout_seconds)
         await _end(self._commit_task)
+        done = await self._release(drain_timeout_seconds)
         await _end(self._prepare_task)
         if self._consumer is not None:
             await _closed(self._consumer, stop_timeout_seconds)
@@ -363,7 +363,8 @@ class Poller(ConsumerRebalanceListener):
             self._fetching.clear()
             self._short_of_bytes = False
             outcome: RebalanceOutcome = "drained"
-            if leaving and await self._commit(COMMIT_TIMEOUT_SECONDS) == "lost":
+            # On a stop nobody takes the partitions meanwhile, and a commit that hangs would use up the drain's time.
+            if leaving and not self._stopping and await self._commit(COMMIT_TIMEOUT_SECONDS) == "lost":
                 outcome = "lost"
             elif leaving:
                 remaining = max(0.0, drain_timeout_seconds - (time.monotonic() - began))

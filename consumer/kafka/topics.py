@@ -426,6 +426,10 @@ class TopicPlan:
     dead_letter_partitions: int
     """0 where there is no dead letter topic."""
     output_compacted: bool
+    output_bytes_max: int | None
+    """``max.message.bytes`` of the output topic; None where it may not be read."""
+    dead_letter_bytes_max: int | None
+    """``max.message.bytes`` of the dead letter topic; None as above, or where there is none."""
 
 
 def needed_topics(config: Config) -> dict[str, NewTopic]:
@@ -495,7 +499,8 @@ async def _plan(cluster: Cluster, config: Config) -> TopicPlan:
     missing = sorted(name for name, topic in topics.items() if topic is None)
     if missing:
         raise ConfigError(f"missing topics: {', '.join(missing)}; create them, or set topics.create to true")
-    compacted = await _output_is_compacted(cluster, config)
+    settings = await _settings(cluster, config)
+    compacted = is_compacted(settings.get(config.output.topic, {}))
     if compacted and not config.output.allow_compacted:
         raise ConfigError(
             f"output.topic {config.output.topic} is compacted: it would keep only the last response of each key; "
@@ -508,14 +513,22 @@ async def _plan(cluster: Cluster, config: Config) -> TopicPlan:
         output_partitions=counts[config.output.topic],
         dead_letter_partitions=counts.get(config.dead_letter.topic or "", 0),
         output_compacted=compacted,
+        output_bytes_max=_bytes_max(settings, config.output.topic),
+        dead_letter_bytes_max=_bytes_max(settings, config.dead_letter.topic),
     )
 
 
-async def _output_is_compacted(cluster: Cluster, config: Config) -> bool:
+async def _settings(cluster: Cluster, config: Config) -> dict[str, dict[str, str]]:
+    """Return the settings of the topics written to; nothing where they may not be read."""
+    topics = [topic for topic in (config.output.topic, config.dead_letter.topic) if topic is not None]
     try:
-        found = await cluster.settings([config.output.topic], ["cleanup.policy"])
+        return await cluster.settings(topics, ["cleanup.policy", "max.message.bytes"])
     except ClusterRefusal as error:
         # Reading settings is a permission of its own, which the service needs for nothing else.
-        log.warning("the output topic's cleanup policy is unknown", topic=config.output.topic, error=str(error))
-        return False
-    return is_compacted(found.get(config.output.topic, {}))
+        log.warning("cleanup policy and limits of the topics written to are unknown", error=str(error))
+        return {}
+
+
+def _bytes_max(settings: Mapping[str, Mapping[str, str]], topic: str | None) -> int | None:
+    value = settings.get(topic or "", {}).get("max.message.bytes")
+    return None if value is None else int(value)

@@ -59,7 +59,7 @@ def stage(
             2,
             2,
             limits={"response_bytes": RESPONSE_BYTES, "record_bytes": "800KB", "object_bytes": "8MiB"},
-            references={"allowed_prefixes": [(folder / "uploads").as_uri() + "/"], "in_responses": "always"},
+            references={"allowed_prefixes": [(folder / "uploads").as_uri() + "/"]},
         )
         _standing[broker.kind] = known
         known.start(partitions=2)

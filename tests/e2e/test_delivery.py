@@ -4,8 +4,9 @@ The load of these tests is checked to the status: each object is inserted once, 
 deleted, always in one partition, so that key ordering leaves one right answer to each operation, also after a replay
 (of a deleted object two: a replayed read may find it gone).
 
-Kills of the service are played on Apache Kafka alone: the embedded broker never expires a dead member, so that its group
-would admit nobody any more.
+Kills and rebalances are played on Apache Kafka alone. The embedded broker never expires a dead member, so that its group
+admits nobody any more; and it begins a new generation with the first request to join, so that whoever then commits what it
+has drained is refused.
 """
 
 from __future__ import annotations
@@ -223,9 +224,9 @@ def test_a_clean_stop_under_load_leaves_exactly_what_it_did_not_answer(broker: B
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_members_that_come_and_go_under_load_repeat_nothing(broker: Broker, set_stage: SetStage) -> None:
+def test_members_that_come_and_go_under_load_repeat_nothing(apache: Broker, set_stage: SetStage) -> None:
     """I1, I2, I10, contract 3: two members, three rebalances with work in flight, all drained: each record once."""
-    stage = set_stage(broker, partitions=PARTITIONS)
+    stage = set_stage(apache, partitions=PARTITIONS)
     ledger, load = stage.ledger, Load(stage.ledger)
 
     def owns(service: ServiceProcess, count: int) -> Callable[[], bool]:
