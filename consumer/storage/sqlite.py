@@ -654,7 +654,7 @@ ON CONFLICT (path) DO UPDATE SET
     metadata = excluded.metadata, expires = excluded.expires, target = excluded.target, payload = excluded.payload
 """
 _PUT = f"{_UPSERT} WHERE objects.target IS NULL OR objects.expires <= ?"
-_DELETE = "DELETE FROM objects WHERE path = ? AND (target IS NULL OR expires <= ?)"
+_DELETE_NON_TOMBSTONE = "DELETE FROM objects WHERE path = ? AND target IS NULL"
 _SELECT_ROW = "SELECT metadata, target, payload FROM objects WHERE path = ? AND (expires IS NULL OR expires > ?)"
 _SELECT_HEAD = "SELECT metadata, target FROM objects WHERE path = ? AND (expires IS NULL OR expires > ?)"
 _SELECT_FORBIDDEN = "SELECT 1 FROM forbidden_revisions WHERE name = ? AND until > ?"
@@ -673,7 +673,7 @@ def _put(connection: sqlite3.Connection, row: _Row, now: int) -> tuple[Any, ...]
 
 
 def _delete(connection: sqlite3.Connection, path: str, now: int) -> tuple[Any, ...] | None:
-    if connection.execute(_DELETE, (path, now)).rowcount:
+    if connection.execute(_DELETE_NON_TOMBSTONE, (path,)).rowcount:
         return None
     return _select_head(connection, path, now)
 

@@ -167,7 +167,7 @@ VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (change_id) DO NOTHING
 """
 _CLAIM = """
 UPDATE change_log_entries SET owner = ?, incarnation = ?, claimed = 1
-WHERE incarnation <> ? AND NOT unreadable AND (
+WHERE incarnation <> ? AND (
     owner = ? AND sequence <= (SELECT since FROM change_log_instances WHERE incarnation = ?)
     OR incarnation NOT IN (SELECT incarnation FROM change_log_instances WHERE boot = ? AND lease_until > ?)
 )

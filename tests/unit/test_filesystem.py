@@ -303,6 +303,44 @@ class TestFaults:
 
         assert len(synced) == 1
 
+    async def test_an_extension_in_the_middle_of_a_delete_leaves_nothing(
+        self, backend: FilesystemBackend, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It has seen the payload, and writes the description again while the payload goes."""
+        revision = a_revision()
+        await backend.put(revision, Metadata(), b"payload")
+        description = only(root, "json")
+        content = await in_thread(description.read_bytes)
+        unlink = os.unlink
+
+        def interrupted(name: str, **folder: int) -> None:
+            unlink(name, **folder)
+            if name.endswith(".payload"):
+                write(description, content)
+
+        monkeypatch.setattr(os, "unlink", interrupted)
+        await backend.delete(revision)
+
+        assert await in_thread(files, root) == []
+
+    async def test_a_delete_in_the_middle_of_an_extension_leaves_nothing(
+        self, backend: FilesystemBackend, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The other way round: the payload is gone when the description is written."""
+        revision = a_revision()
+        await backend.put(revision, Metadata(), b"payload")
+        payload = only(root, "payload")
+        rename = os.rename
+
+        def interrupted(*arguments: Any, **folders: Any) -> None:
+            payload.unlink()
+            rename(*arguments, **folders)
+
+        monkeypatch.setattr(os, "rename", interrupted)
+        await backend.extend(revision, Metadata(filename="late"))
+
+        assert await in_thread(files, root) == []
+
     async def test_a_full_queue_is_refused(self, backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every queue is bounded."""
         monkeypatch.setattr(filesystem, "STEPS_MAX", 2)

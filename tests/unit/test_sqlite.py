@@ -369,6 +369,29 @@ class TestCancellation:
             await held
         gate.opened.set()
 
+    async def test_a_cancellation_that_meets_the_answer_is_a_cancellation(
+        self, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The answer is already on its way to the loop: it finds nobody, and says so to nobody."""
+        answered = threading.Event()
+        writer = backend._database._writer
+        answer = writer._answer
+
+        def told(*arguments: Any) -> None:
+            answer(*arguments)
+            answered.set()
+
+        monkeypatch.setattr(writer, "_answer", told)
+        gate = Gate()
+        putting = asyncio.create_task(backend._database.write(gate))
+        await until(gate.reached)
+        gate.opened.set()
+        assert answered.wait(30)  # the loop stands still, so the answer waits beside the cancellation
+        putting.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await putting
+
     async def test_an_error_of_a_cancelled_write_is_nobodys(self, backend: SqliteBackend) -> None:
         """The guards of every test would report an exception that was never retrieved."""
         gate = Gate()
@@ -493,6 +516,56 @@ class TestFile:
 
 class TestSweep:
     """What has expired goes, a bounded piece at a time."""
+
+    async def test_a_piece_that_was_full_asks_for_the_next(
+        self, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sqlite, "SWEEP_ROWS", 7)
+        past = Metadata(time_expires=datetime(2020, 1, 1, tzinfo=UTC))
+        for number in range(20):
+            await backend.put_non_tombstone(an_id(number), past, b"x")
+
+        more = [await backend._database.write(backend._remove_expired) for _ in range(4)]
+
+        assert more == [True, True, False, False]
+
+    async def test_what_asks_to_be_run_again_is_run_at_once(self, backend: SqliteBackend) -> None:
+        """Else a backlog would grow faster than a piece every few seconds removes it."""
+        runs: list[int] = []
+        done = threading.Event()
+
+        def step(_connection: sqlite3.Connection) -> bool:
+            runs.append(1)
+            if len(runs) == 4:
+                done.set()
+            return len(runs) < 4
+
+        timer = backend._database.every(3600.0, step, at_once=True)
+        await until(done)
+        await backend._database.write(lambda _connection: None)
+        backend._database.never(timer)
+
+        assert len(runs) == 4
+
+    async def test_one_that_fails_is_told_and_tried_again(
+        self, backend: SqliteBackend, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Background work must not end a thread that others wait for."""
+        done = threading.Event()
+        runs: list[int] = []
+
+        def step(_connection: sqlite3.Connection) -> None:
+            runs.append(1)
+            if len(runs) == 3:
+                done.set()
+            raise ZeroDivisionError
+
+        timer = backend._database.every(0.001, step, at_once=True)
+        await until(done)
+        backend._database.never(timer)
+        assert await backend.put_non_tombstone(an_id(), Metadata(), b"x") is None
+
+        assert "ZeroDivisionError" in caplog.text
 
     async def test_expired_rows_are_removed_until_none_is_left(
         self, file: Path, monkeypatch: pytest.MonkeyPatch
