@@ -74,7 +74,8 @@ Non-obvious
   and never leave the group, however stuck (hazard H4).
 * After any exception from ``getmany`` every open partition is sought to its own cursor: the client has moved positions
   over records it then dropped (H1).
-* Offsets have gaps. Only delivered offsets are tracked; waiting for ``offset + 1`` stalls at a transaction marker (H9b).
+* Offsets have gaps. Only delivered offsets are tracked; waiting for ``offset + 1`` stalls at a transaction marker
+  (H9b).
 * One batch is in flight for each output partition. Concurrent sends to one partition overtake each other when a batch
   fills up, and ``key`` ordering promises responses in order.
 * A producer that has failed a batch is thrown away: its sequence numbers have a hole that is never repaired (H18).

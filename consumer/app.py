@@ -157,7 +157,8 @@ class App:
         try:
             port = await admin.start()
         except OSError as error:
-            log.error("admin port cannot be opened", host=config.admin.host, port=config.admin.port, error=str(error))
+            where = f"{config.admin.host}:{config.admin.port}"
+            log.error("admin port cannot be opened", address=where, error=str(error))  # noqa: TRY400 - no trace: it is the user's
             await self._storage.close()
             return USAGE
         self._lag.start()
@@ -407,8 +408,8 @@ async def _step(name: str, work: Awaitable[Any]) -> Any:
     began = time.monotonic()
     try:
         return await work
-    except Exception as error:  # noqa: BLE001 - the other steps have to run
-        log.error("stop step failed", step=name, error=repr(error))
+    except Exception:
+        log.exception("stop step failed", step=name)  # the other steps have to run
         return None
     finally:
         log.debug("stop step ended", step=name, seconds=round(time.monotonic() - began, 3))

@@ -69,7 +69,7 @@ RESERVE_BACKOFF_SECONDS_MAX = 2.0
 an idle partition hands its window on within seconds."""
 
 IDLE_SECONDS = 5.0
-"""A window with nothing in flight or buffered for this long is passed to a partition that waits for one (contract 4)."""
+"""A window with nothing in flight or buffered for so long is passed to a partition that waits for one (contract 4)."""
 
 KEY_NAMESPACE = UUID("5f1c7b1e-9b0a-5c8e-8f43-6d1f7c2d9a10")
 """Namespace of the keys of keyless inserts: UUIDv5(namespace, ``CLUSTER/TOPIC/PARTITION/OFFSET/TIMESTAMP_MS``), so that

@@ -95,7 +95,7 @@ class Report:
 
 
 def _median(runs: list[Run], name: str) -> float:
-    return statistics.median(getattr(run, name) for run in runs)
+    return float(statistics.median(getattr(run, name) for run in runs))
 
 
 def main(
@@ -128,8 +128,8 @@ def main(
 
 def _print(report: Report) -> None:
     lines = [
-        f"{report.records} inserts of {report.payload_bytes} bytes, {report.partitions} partitions;"
-        + f" medians of {len(report.bare)} rounds",
+        f"{report.records} inserts of {report.payload_bytes} bytes, {report.partitions} partitions",
+        f"medians of {len(report.bare)} rounds",
         "",
         f"{'':10}{'records/s':>12}{'CPU us/record':>16}{'memory MiB':>13}",
     ]
@@ -292,7 +292,8 @@ def _peak_mib(pid: int) -> float:
 
 async def bare_loop(bootstrap: str, topic: str, output: str) -> None:
     """Consume, decode, answer, await, commit: the loop most people write; until it is stopped."""
-    operation_schema, response_schema = (parse_schema(orjson.loads(schema_text(name))) for name in ("operation", "response"))
+    operation_schema = parse_schema(orjson.loads(schema_text("operation")))
+    response_schema = parse_schema(orjson.loads(schema_text("response")))
     consumer = AIOKafkaConsumer(
         topic,
         bootstrap_servers=bootstrap,
@@ -315,7 +316,7 @@ async def bare_loop(bootstrap: str, topic: str, output: str) -> None:
         sent = []
         for partition, records in fetched.items():
             for record in records:
-                operation: Any = schemaless_reader(BytesIO(record.value), operation_schema, None)
+                operation: Any = schemaless_reader(BytesIO(record.value or b""), operation_schema, None)
                 response = BytesIO()
                 body = operation["body"]
                 inserted = {"metadata": {**body["metadata"], "size": len(body["payload"])}}

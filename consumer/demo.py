@@ -58,7 +58,9 @@ GET_BYTES_MAX = 900 * 1024
 LARGE_FILES = 6
 LARGE_BYTES = 1_500_000
 """Made from the source's own files, so that they are above the 1 MiB that live in the high-volume tier."""
+CHUNK_BYTES = 1 << 20
 RECORD_BYTES_MAX = 1_000_000
+"""What the embedded broker takes."""
 IN_FLIGHT_RECORDS = 2_000
 """Sent and not answered: what bounds the memory of the demo itself."""
 STALL_SECONDS = 60.0
@@ -210,6 +212,7 @@ class _Demo:
         self._offsets = [0] * PARTITIONS
         self._room = asyncio.Event()
         self._all_sent = False
+        self._answered_at = 0.0
 
     async def run(self, *, wait: bool, as_json: bool) -> int:
         """Do everything; return the exit code."""
@@ -233,9 +236,7 @@ class _Demo:
             await publisher.start()
             stack.push_async_callback(publisher.stop, 2)
             self._lanes = [publisher.lane("operations", partition) for partition in range(PARTITIONS)]
-            began = time.perf_counter()
-            await self._stream(config, address)
-            seconds = time.perf_counter() - began
+            seconds = await self._stream(config, address)
             report = await self._report(address, seconds)
             if as_json:
                 print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())  # noqa: T201 - the command's output
@@ -329,17 +330,20 @@ class _Demo:
 
     # ------------------------------------------------------------------------------------------ records and responses
 
-    async def _stream(self, config: Config, address: str) -> None:
-        """Send everything and read every response, both at once."""
+    async def _stream(self, config: Config, address: str) -> float:
+        """Send everything and read every response, both at once; return the seconds from first to last."""
+        self._say(f"counting the files below {self._source}")
         total = sum(1 for _ in self._records())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._console, transient=False) as progress:
             answers = progress.add_task("responses", total=total)
+            began = time.perf_counter()
             async with asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(self._watch_windows(address))
                 tasks.create_task(self._send_all())
                 await self._read_all(config, partial(progress.update, answers))
                 watching.cancel()
+        return self._answered_at - began
 
     async def _send_all(self) -> None:
         for record_key, value, expected in self._records():
@@ -378,6 +382,7 @@ class _Demo:
                     raise DemoFailure(f"no response for {STALL_SECONDS:.0f} s: {self._log_tail()}") from None
                 assert record.value is not None
                 self._ledger.check(decode_response(record.value))
+                self._answered_at = time.perf_counter()
                 self._room.set()
                 show(completed=self._ledger.answered)
 
@@ -443,11 +448,11 @@ class _Demo:
         metadata = Metadata(filename=path.name, custom={"folder": path.parent.name} if path.parent.name else {})
         payload: bytes | PayloadReference
         if size > REFERENCE_BYTES:
-            crc = google_crc32c.Checksum()
+            crc32c = 0
             with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    crc.update(chunk)
-            payload = PayloadReference(path.as_uri(), size, int.from_bytes(crc.digest(), "big"))
+                while chunk := file.read(CHUNK_BYTES):
+                    crc32c = google_crc32c.extend(crc32c, chunk)
+            payload = PayloadReference(path.as_uri(), size, crc32c)
         else:
             payload = path.read_bytes()
         return self._operation(Insert(CONTEXT, key, metadata, payload), Expected("insert", 201, key))

@@ -29,9 +29,9 @@ CUSTOM_PAIRS_MAX = 64
 CUSTOM_BYTES_MAX = 7 * 1024
 """GCS allows 8 KiB of custom metadata per object; the built-in fields need the rest."""
 
-_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110, 5.6.2
+_WORD = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # a "token" of RFC 9110, 5.6.2
 _MEDIA_TYPE = re.compile(
-    rf"{_TOKEN}/{_TOKEN}(?:[ \t]*;[ \t]*{_TOKEN}=(?:{_TOKEN}|\"(?:[^\"\\\x00-\x1f\x7f]|\\[ -~])*\"))*[ \t]*"
+    rf"{_WORD}/{_WORD}(?:[ \t]*;[ \t]*{_WORD}=(?:{_WORD}|\"(?:[^\"\\\x00-\x1f\x7f]|\\[ -~])*\"))*[ \t]*"
 )
 
 
@@ -185,6 +185,7 @@ class Inserted:
 
     @property
     def key(self) -> str:
+        """The object's key, given or generated."""
         return self.id.key
 
 

@@ -36,7 +36,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # documented, not in __all__
 from confluent_kafka.cimpl import NewTopic
 
 ROOT = Path(__file__).parents[1]

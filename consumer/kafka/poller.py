@@ -12,7 +12,7 @@ A rebalance, told by aiokafka's listener:
 
 1. Revoked: gates close; the watermarks are committed, which tells whether the partitions are still ours (a commit
    refused for our membership means *lost*: nothing is drained, H16b, H16c); what was started is finished within the
-   drain deadline; the watermarks are committed again; the epoch ends. Reservations go back as their last operation ends.
+   drain deadline; the watermarks are committed again; the epoch ends. Reservations go back with their last operation.
 2. Assigned: fetching is paused, the new epoch's preparation is spawned.
 3. Prepared: committed offsets are read, a start is chosen where there is none and committed at once, windows are
    reserved, each partition is sought to its start and its gate opened. A partition whose older run is not over in this

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from consumer.log import get_logger
+from consumer.responses import Header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from aiokafka import AIOKafkaProducer
     from aiokafka.producer.message_accumulator import BatchBuilder
 
-Headers: TypeAlias = list[tuple[str, bytes]]
+Headers: TypeAlias = list[Header]
 
 BATCH_BYTES = 512 * 1024
 """Largest batch before compression: half of a broker's default ``message.max.bytes``, so that a batch is never refused

@@ -208,8 +208,11 @@ class ChangeLog(Protocol):
         ...
 
     async def recoverable(self) -> Sequence[Change]:
-        """Claim and return the entries that need recovery: those of dead owners, and those of this owner that were
-        recorded *before this instance was made*. Never an entry recorded through this instance. Unordered."""
+        """Claim and return the entries that need recovery, unordered.
+
+        Those of dead owners, and those of this owner that were recorded *before this instance was made*. Never an entry
+        recorded through this instance.
+        """
         ...
 
     async def count(self) -> int:

@@ -4,9 +4,9 @@ The load of these tests is checked to the status: each object is inserted once, 
 deleted, always in one partition, so that key ordering leaves one right answer to each operation, also after a replay
 (of a deleted object two: a replayed read may find it gone).
 
-Kills and rebalances are played on Apache Kafka alone. The embedded broker never expires a dead member, so that its group
-admits nobody any more; and it begins a new generation with the first request to join, so that whoever then commits what it
-has drained is refused.
+Kills and rebalances are played on Apache Kafka alone. The embedded broker never expires a dead member, so that its
+group admits nobody any more; and it begins a new generation with the first request to join, so that whoever then
+commits what it has drained is refused.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def upload(stage: Stage, size: int) -> tuple[Path, dict[str, Any]]:
 
 @pytest.mark.parametrize("size", [1, MIB, MIB + 1, 3_000_000])
 def test_a_payload_by_reference_is_stored_whole_and_given_back_where_it_fits(stage: Stage, size: int) -> None:
-    """SIZ-1, SIZ-6, TIER-14, K-9, K-11: on both sides of the threshold; what fits no response is said to be too large."""
+    """SIZ-1, SIZ-6, TIER-14, K-9, K-11: both sides of the threshold; what fits no response is said to be too large."""
     ledger, key = stage.ledger, fresh()
     path, reference = upload(stage, size)
 
