@@ -1,11 +1,16 @@
-"""A process that runs storage operations and kills itself at a named step; a program, started by `test_crashes.py`.
+"""A process that runs storage operations and dies, or stops, at a named step; a program, started by `test_crashes.py`.
 
 It reads one request a line from stdin, forks a child for it (modules are loaded once, a run takes milliseconds), and
 answers with a line: how the child ended and what it had told until then. A *step* is a moment before or after a call to
 a backend, or before or after one of the system calls that change files; steps are counted by name.
 
-Request: ``{"folder": …, "owner": …, "later": seconds its clock is ahead, "operations": [[kind, key, payload size, fill],
-…], "watched": whether steps are told, "kill": [name, number] or null}``.
+A request:
+
+* ``folder``, ``owner``, ``later``: where, who, and how many seconds the clock of leases is ahead;
+* ``operations``: a list of [kind, key, payload size, fill];
+* ``watched``: ``all`` steps are told, those ``after recovery``, or ``none``;
+* ``at``: [name, number] of the step to end at, or null;
+* ``meanwhile``: null to die there by SIGKILL; or a request served while the first child is stopped there by SIGSTOP.
 """
 
 from __future__ import annotations
@@ -17,11 +22,13 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from consumer.errors import TierstreamError
 from consumer.ids import ObjectContext, ObjectId
 from consumer.operations import DEFAULT_METADATA
 from consumer.storage.filesystem import FilesystemBackend
@@ -48,12 +55,13 @@ say = os.write
 
 
 class Steps:
-    """Tells every step it reaches, and dies at one of them."""
+    """Tells every step it reaches, and dies or stops at one of them."""
 
-    def __init__(self, told: int, kill: list[Any] | None) -> None:
-        self.armed = False
+    def __init__(self, told: int, at: list[Any] | None, by: signal.Signals) -> None:
+        self.watched = False
         self._told = told
-        self._kill = kill
+        self._at = at
+        self._by = by
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -63,13 +71,13 @@ class Steps:
 
     def reached(self, name: str) -> None:
         """Be at step *name*; perhaps no further."""
-        if not self.armed:
+        if not self.watched:
             return
         with self._lock:
             self._counts[name] += 1
             self.tell("step", name, self._counts[name])
-            if self._kill == [name, self._counts[name]]:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if self._at == [name, self._counts[name]]:
+                os.kill(os.getpid(), self._by)
 
     def watch_system(self) -> None:
         """Make steps of the calls in :data:`WATCHED_CALLS`."""
@@ -111,7 +119,7 @@ class Watched:
 async def run(request: dict[str, Any], steps: Steps) -> None:
     """Open the storage, apply the operations, join, close."""
     folder = Path(request["folder"])
-    steps.armed = request["watched"]
+    steps.watched = request["watched"] == "all"
     later: float = request["later"]
     change_log = SqliteChangeLog(
         folder / "objects.sqlite", request["owner"], monotonic=lambda: time.monotonic() + later
@@ -122,48 +130,65 @@ async def run(request: dict[str, Any], steps: Steps) -> None:
         cast("Any", Watched(change_log, "change_log", steps)),
         THRESHOLD,
     )
+    if request["watched"] == "after recovery":
+        await storage.recover()
+        await storage.join()
+        steps.watched = True
     for number, (kind, key, size, fill) in enumerate(request["operations"]):
         object_id = ObjectId(CONTEXT, key)
-        if kind == "put":
-            await storage.put(object_id, DEFAULT_METADATA, fill.encode() * size)
-        elif kind == "delete":
-            await storage.delete(object_id)
+        try:
+            if kind == "put":
+                await storage.put(object_id, DEFAULT_METADATA, fill.encode() * size)
+            elif kind == "delete":
+                await storage.delete(object_id)
+            else:
+                found = await storage.get(object_id)
+                steps.tell("read", key, None if found is None else cast("bytes", found.payload).decode())
+        except TierstreamError as error:
+            steps.tell("refused", type(error).__name__)
         else:
-            found = await storage.get(object_id)
-            assert found is None or isinstance(found.payload, bytes)
-            steps.tell("read", key, None if found is None else cast("bytes", found.payload).decode())
-        steps.tell("acknowledged", number)
+            steps.tell("acknowledged", number)
     await storage.join()
-    steps.tell("joined")
-    steps.armed = False
+    steps.watched = False
     await storage.close()
 
 
 def child(request: dict[str, Any], told: int) -> NoReturn:
     """Serve one request and end."""
-    steps = Steps(told, request["kill"])
+    steps = Steps(told, request["at"], signal.SIGSTOP if request["meanwhile"] else signal.SIGKILL)
     steps.watch_system()
     try:
         asyncio.run(run(request, steps))
-    except BaseException as error:  # noqa: BLE001 - told to whoever asked
-        steps.tell("error", repr(error))
+    except BaseException:  # noqa: BLE001 - shown by pytest, with what the server has said
+        traceback.print_exc()
         os._exit(1)
     os._exit(0)
+
+
+def serve(request: dict[str, Any]) -> dict[str, Any]:
+    """Run a child for *request*; return how it ended and what it told."""
+    reading, writing = os.pipe()  # its 64 KiB hold all that a child tells
+    pid = os.fork()
+    if not pid:
+        child(request, writing)
+    os.close(writing)
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    stopped = os.WIFSTOPPED(status)
+    if stopped:
+        meanwhile = serve(request["meanwhile"])
+        if meanwhile["exit"] != 0:
+            raise RuntimeError(meanwhile)
+        os.kill(pid, signal.SIGCONT)
+        _, status = os.waitpid(pid, 0)
+    with os.fdopen(reading) as told:
+        lines = [json.loads(text) for text in told]
+    return {"exit": os.waitstatus_to_exitcode(status), "stopped": stopped, "told": lines}
 
 
 def main() -> None:
     """Answer requests until stdin ends."""
     for line in sys.stdin:
-        request = json.loads(line)
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if not pid:
-            child(request, writing)
-        os.close(writing)
-        with os.fdopen(reading) as told:
-            lines = [json.loads(text) for text in told]
-        _, status = os.waitpid(pid, 0)
-        sys.stdout.write(json.dumps({"exit": os.waitstatus_to_exitcode(status), "told": lines}) + "\n")
+        sys.stdout.write(json.dumps(serve(json.loads(line))) + "\n")
         sys.stdout.flush()
 
 
