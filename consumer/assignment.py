@@ -92,7 +92,7 @@ class Lane(Protocol):
     """All records for one output partition, in order; never waits."""
 
     def append(
-        self, key: bytes | None, value: bytes | None, headers: list[Header], owner: Owner, token: int
+        self, key: bytes | None, value: bytes | None, headers: Sequence[Header], owner: Owner, token: int
     ) -> None:
         """Hand one record in; *owner* hears of it by *token*."""
 

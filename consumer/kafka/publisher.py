@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from aiokafka import AIOKafkaProducer
     from aiokafka.producer.message_accumulator import BatchBuilder
 
-Headers: TypeAlias = list[Header]
+Headers: TypeAlias = "Sequence[Header]"
 
 BATCH_BYTES = 512 * 1024
 """Largest batch before compression: half of a broker's default ``message.max.bytes``, so that a batch is never refused
@@ -371,7 +371,7 @@ class Publisher:
 def _size_at_most(key: bytes | None, value: bytes | None, headers: Headers) -> int:
     """Bytes that a record takes in a batch, or a few more."""
     size = _RECORD_OVERHEAD_BYTES + len(key or b"") + len(value or b"")
-    return size + sum(4 * len(name) + len(content) + 10 for name, content in headers)
+    return size + sum(4 * len(name) + len(content or b"") + 10 for name, content in headers)
 
 
 async def _discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
