@@ -439,10 +439,14 @@ class SqliteDatabase:
             if self._host_lock is None:
                 self._host_lock = self._prepare()
         connection = self._connection()
-        connection.execute("PRAGMA synchronous = FULL")  # an answered write survives a power cut, not only a crash
-        connection.execute("PRAGMA fullfsync = ON")  # macOS: flush the drive's cache too; elsewhere nothing
-        connection.execute(f"PRAGMA cache_size = -{cache_kib}")
-        connection.execute(f"PRAGMA journal_size_limit = {GROUP_BYTES_MAX * 2}")
+        try:
+            connection.execute("PRAGMA synchronous = FULL")  # an answered write survives a power cut, not only a crash
+            connection.execute("PRAGMA fullfsync = ON")  # macOS: flush the drive's cache too; elsewhere nothing
+            connection.execute(f"PRAGMA cache_size = -{cache_kib}")
+            connection.execute(f"PRAGMA journal_size_limit = {GROUP_BYTES_MAX * 2}")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _connection(self) -> sqlite3.Connection:
