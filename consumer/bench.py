@@ -56,6 +56,8 @@ LOOK_SECONDS = 0.02
 RUN_SECONDS_MAX = 300.0
 """Longest run of one process before the measurement fails."""
 BATCH_BYTES = 512 * 1024
+OBJECTS = 10_000
+"""Different keys: later inserts replace earlier ones, so that the memory tiers do not grow with the records."""
 STAGE_RECORDS = 20_000
 COMPRESSION = "lz4"
 """The service's default; the bare loop uses it too."""
@@ -195,7 +197,7 @@ async def _fill(bootstrap: str, topic: str, records: int, partitions: int, paylo
     try:
         batch, open_partition, number, pending = producer.create_batch(), 0, 0, []
         while number < records:
-            key = f"object-{number}"
+            key = f"object-{number % OBJECTS}"
             value = encode_operation(Insert(context, key, DEFAULT_METADATA, payload), None)
             if batch.append(key=key.encode(), value=value, timestamp=int(time.time() * 1000)) is None:
                 pending.append(await producer.send_batch(batch, topic, partition=open_partition))
