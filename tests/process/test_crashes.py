@@ -9,11 +9,13 @@ taken for dead, recovered, and go on.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -101,6 +103,17 @@ def serve() -> Iterator[Serve]:
         server.stdin.close()
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A place without a disk behind it where there is one: a killed process loses nothing that it has written."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as name:
+        yield Path(name)
+
+
 class Story:
     """One operation, run and killed again and again, each time on a fresh copy of what was there before it."""
 
@@ -172,9 +185,9 @@ def payload_and_description(revision: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_a_process_killed_at_any_step_loses_and_leaves_nothing(name: str, serve: Serve, tmp_path: Path) -> None:
+def test_a_process_killed_at_any_step_loses_and_leaves_nothing(name: str, serve: Serve, folder: Path) -> None:
     """Every step of the operation, of its clean-up, and of opening the storage before them."""
-    story = Story(name, serve, tmp_path)
+    story = Story(name, serve, folder)
     whole = story.run()
     assert whole.exit == 0
     story.judge(whole, "not killed")
@@ -192,10 +205,10 @@ def test_a_process_killed_at_any_step_loses_and_leaves_nothing(name: str, serve:
 
 @pytest.mark.parametrize("name", ["overwrite large by large", "delete large"])
 def test_a_process_killed_again_while_it_recovers_loses_and_leaves_nothing(
-    name: str, serve: Serve, tmp_path: Path
+    name: str, serve: Serve, folder: Path
 ) -> None:
     """Every step of the recovery, after a death at every backend call that leaves an entry behind."""
-    story = Story(name, serve, tmp_path)
+    story = Story(name, serve, folder)
     killed = 0
     for step in story.run().steps:
         if "." not in step[0]:
@@ -212,14 +225,14 @@ def test_a_process_killed_again_while_it_recovers_loses_and_leaves_nothing(
 
 @pytest.mark.parametrize("name", [name for name, (before, _) in STORIES.items() if before is not None])
 def test_a_process_stopped_at_any_step_and_recovered_by_another_harms_nothing(
-    name: str, serve: Serve, tmp_path: Path
+    name: str, serve: Serve, folder: Path
 ) -> None:
     """The zombie: it resumes after its lease, sees its swap refused or not, and cleans up what is its own.
 
     Only steps between requests: a process stopped inside of one may hold the file's lock, and then nobody can recover
     before it goes on.
     """
-    story = Story(name, serve, tmp_path)
+    story = Story(name, serve, folder)
     stopped = refused = 0
     for step in story.run().steps:
         if "." not in step[0] or step[0].endswith(".recoverable"):
