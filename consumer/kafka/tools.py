@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -61,15 +61,17 @@ class Lag(TypedDict):
 class Outgoing:
     """A record to be produced."""
 
-    value: bytes
+    value: bytes | None
     key: bytes | None = None
     partition: int | None = None
     """None = by the key's hash, as other Kafka clients do."""
+    headers: Sequence[tuple[str, bytes | None]] = ()
 
     @property
     def size(self) -> int:
-        """Bytes of key and value."""
-        return len(self.value) + len(self.key or b"")
+        """Bytes of key, value and headers, with room for the lengths of the latter."""
+        headers = sum(10 + len(name.encode()) + len(value or b"") for name, value in self.headers)
+        return len(self.value or b"") + len(self.key or b"") + headers
 
 
 async def existing(cluster: Cluster, topic: str) -> Topic:
@@ -142,7 +144,9 @@ class RecordProducer:
             raise ValueError(f"topic {self._topic} has partitions 0 to {self._partitions - 1}, not {record.partition}")
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
-                sent = self._producer.send(self._topic, record.value, record.key, record.partition)
+                sent = self._producer.send(
+                    self._topic, record.value, record.key, record.partition, headers=record.headers or None
+                )
                 self._waiting.append(await sent)
         except MessageSizeTooLargeError:
             raise TooLarge(f"{record.size} bytes are more than topic {self._topic} takes") from None
@@ -236,13 +240,13 @@ async def tail(
         ClusterRefusal: there is no such topic, or it may not be read.
     """
     last = None if follow or from_beginning else limit or TAIL_DEFAULT
-    async with _reader(config, topic) as (reader, partitions, first, ends):
+    async with open_reader(config, topic) as (reader, partitions, first, ends):
         for partition in partitions:
             start = first[partition] if from_beginning else ends[partition]
             if last is not None:
                 start = max(first[partition], ends[partition] - last)
             reader.seek(partition, start)
-        records = _follow(reader) if follow else _until(reader, ends)
+        records = _follow(reader) if follow else read_until(reader, ends)
         if last is not None:
             kept = [record async for record in records]
             for record in sorted(kept, key=lambda record: (record.timestamp, record.partition, record.offset))[-last:]:
@@ -257,28 +261,56 @@ async def tail(
 
 
 @asynccontextmanager
-async def _reader(
-    config: Config, topic: str
+async def open_reader(
+    config: Config, topic: str, partition: int | None = None, *, committed_only: bool = True
 ) -> AsyncIterator[
     tuple[AIOKafkaConsumer, list[TopicPartition], Mapping[TopicPartition, int], Mapping[TopicPartition, int]]
 ]:
-    """Open a consumer assigned to all of *topic*; give its partitions, their first offsets and their ends."""
+    """Open a consumer outside any group; give its partitions, their first offsets and their ends. Seek before reading.
+
+    Args:
+        config: How brokers are reached.
+        topic: An existing topic.
+        partition: The only one to read; None = all.
+        committed_only: Leave out open and aborted transactions; the end is then where the first open one begins.
+
+    Raises:
+        ClusterUnavailable: no broker answers, or not in time.
+        ClusterRefusal: there is no such topic or partition.
+    """
     async with Cluster(config) as cluster:
         count = (await existing(cluster, topic)).partitions
-    partitions = [TopicPartition(topic, number) for number in range(count)]
-    reader = AIOKafkaConsumer(**reader_settings(config))
+    if partition is not None and not 0 <= partition < count:
+        raise ClusterRefusal(f"topic {topic} has partitions 0 to {count - 1}, not {partition}")
+    partitions = [TopicPartition(topic, number) for number in ([partition] if partition is not None else range(count))]
+    reader = AIOKafkaConsumer(**reader_settings(config, committed_only=committed_only))
     try:
         await _started(reader)
         reader.assign(partitions)
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
-                # By this consumer: for readers of committed records the end is where an open transaction begins.
-                first, ends = await reader.beginning_offsets(partitions), await reader.end_offsets(partitions)
+                first = await reader.beginning_offsets(partitions)
         except (KafkaError, TimeoutError) as error:
             raise ClusterUnavailable(f"offsets of topic {topic}: {type(error).__name__}") from error
-        yield reader, partitions, first, ends
+        yield reader, partitions, first, await ends_of(reader, partitions)
     finally:
         await _stopped(reader)
+
+
+async def ends_of(reader: AIOKafkaConsumer, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+    """Return where each partition ends now, as *reader* sees it.
+
+    Asked through the reader: to one of committed records, the end is where an open transaction begins.
+
+    Raises:
+        ClusterUnavailable: no answer in time.
+    """
+    try:
+        async with asyncio.timeout(SILENCE_SECONDS):
+            ends: dict[TopicPartition, int] = await reader.end_offsets(partitions)
+    except (KafkaError, TimeoutError) as error:
+        raise ClusterUnavailable(f"offsets of topic {partitions[0].topic}: {type(error).__name__}") from error
+    return ends
 
 
 async def _fetched(reader: AIOKafkaConsumer) -> list[Record]:
@@ -295,10 +327,16 @@ async def _follow(reader: AIOKafkaConsumer) -> AsyncIterator[Record]:
             yield record
 
 
-async def _until(
-    reader: AIOKafkaConsumer, ends: Mapping[TopicPartition, int]
-) -> AsyncIterator[Record]:
-    """Yield the records below *ends*; offsets have gaps, so what ends it is the position."""
+async def read_until(reader: AIOKafkaConsumer, ends: Mapping[TopicPartition, int]) -> AsyncIterator[Record]:
+    """Yield the records below *ends*, each partition from where it was sought to; one that has ended is paused.
+
+    Offsets have gaps, so what ends a partition is the position.
+
+    Raises:
+        ClusterUnavailable: records that exist do not come.
+        ClusterRefusal: the topic may not be read.
+    """
+    reader.resume(*ends)
     heard = time.monotonic()
     behind = await _behind(reader, ends, ends)
     while behind:
@@ -317,8 +355,17 @@ async def _until(
 async def _behind(
     reader: AIOKafkaConsumer, partitions: Iterable[TopicPartition], ends: Mapping[TopicPartition, int]
 ) -> list[TopicPartition]:
-    """Return those of *partitions* not read to their end; each has been sought, so its position is known."""
-    return [partition for partition in partitions if await reader.position(partition) < ends[partition]]
+    """Return those of *partitions* not read to their end, and pause the others.
+
+    Each has been sought, so its position is known.
+    """
+    behind = []
+    for partition in partitions:
+        if await reader.position(partition) < ends[partition]:
+            behind.append(partition)
+        else:
+            reader.pause(partition)
+    return behind
 
 
 # ------------------------------------------------------------------------------------------------- lag
