@@ -65,9 +65,9 @@ _PRIMITIVE_SIZES = {
 """Least bytes a value takes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Schema:
-    """A schema that has passed the gate."""
+    """A schema that has passed the gate. Each is equal to itself alone."""
 
     parsed: Any = field(repr=False)
     """As fastavro takes it, without logical types."""

@@ -29,6 +29,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
 import fastavro
 
@@ -91,8 +92,6 @@ CONTEXTS_MAX = 4096
 """Contexts remembered by a decoder: about 2 MiB of short ones. When full it begins anew."""
 REMEMBERED_BYTES_MAX = 1024
 """Longest context or metadata remembered; comparing longer ones with every record would cost more than it saves."""
-SCANNERS_MAX = 256
-"""Foreign schemas whose scanner a decoder keeps; when full it begins anew."""
 
 _GENERATED_KEY_BYTES = 36
 """A generated key is a UUID."""
@@ -408,12 +407,16 @@ class _Reader:
         return metadata, at
 
 
-def _foreign_fields(fields: dict[str, Any]) -> tuple[str, list[tuple[str, str]], str | None, _Body]:
-    """Take apart a datum that fastavro has read into the fields of v1; nested defaults may be missing."""
+def _foreign_fields(
+    fields: dict[str, Any], schema: Schema
+) -> tuple[str, list[tuple[str, str]], str | None, _Body]:
+    """Take apart a datum of *schema* that fastavro has read into the fields of v1; nested defaults may be missing."""
     context = fields["context"]
     scopes = [(scope["name"], scope["value"]) for scope in context["scopes"]]
-    name, body = fields["body"]  # unions of records come with the name of their branch
-    kind: Kind = _KIND_BY_RECORD[name]
+    body = fields["body"]
+    # A union of records comes with the name of its branch, a record that is always the same one does not.
+    name, body = body if isinstance(body, tuple) else (_body_name(schema), body)
+    kind: Kind = _KIND_BY_RECORD[name.rpartition(".")[2]]
     found: _Body
     if kind == "insert":
         payload = _branch_value(body["payload"])
@@ -437,12 +440,19 @@ def _foreign_metadata(fields: dict[str, Any]) -> _Metadata:
     )
 
 
+def _body_name(schema: Schema) -> str:
+    """Return the full name of the record that is the body of every operation of *schema*."""
+    (body,) = [part["type"] for part in schema.parsed["fields"] if part["name"] == "body"]
+    name: str = body if isinstance(body, str) else body["name"]
+    return name
+
+
 def _branch_value(value: Any) -> Any:
     """Return the value of a union's branch without the branch's name."""
     return value[1] if isinstance(value, tuple) else value
 
 
-_KIND_BY_RECORD: dict[str, Kind] = {f"tierstream.v1.{kind.capitalize()}": kind for kind in _KINDS}
+_KIND_BY_RECORD: dict[str, Kind] = {kind.capitalize(): kind for kind in _KINDS}
 
 
 class OperationDecoder:
@@ -473,7 +483,8 @@ class OperationDecoder:
         self._elements_max = elements_max
         self._resolver = resolver
         self._reader = _Reader(usecases or {}, elements_max)
-        self._scanners: dict[str, Scanner] = {}
+        self._scanners: WeakKeyDictionary[Schema, Scanner] = WeakKeyDictionary()
+        """Of foreign schemas, for as long as the resolver keeps them."""
 
     def decode(self, value: bytes | None, headers: Headers = ()) -> Decoded:
         """Decode one record's *value*; never raises."""
@@ -502,9 +513,14 @@ class OperationDecoder:
         return Decoded(None, failed, poison=True, schema_id=schema_id)
 
     def schema_id(self, value: bytes | None, headers: Headers = ()) -> str | None:
-        """Return the id in the frame of *value*: 16 hex digits, a decimal number, or a GUID; None without a frame."""
+        """Return the id in the frame of *value*: 16 hex digits, a decimal number, or a GUID.
+
+        None without a frame, and where :meth:`decode` would not get as far as to ask for a schema.
+        """
+        if value is None or len(value) > self._record_bytes_max:
+            return None
         try:
-            return None if value is None else self._frame(value, headers)[0]
+            return self._frame(value, headers)[0]
         except DecodeError:
             return None
 
@@ -547,16 +563,14 @@ class OperationDecoder:
             raise DecodeError(_UNKNOWN_SCHEMA, code="unknown_schema")
         if schema.fingerprint == OPERATION_FINGERPRINT:
             return self._reader.read(value, at)
-        scan = self._scanners.get(schema_id)
+        scan = self._scanners.get(schema)
         if scan is None:
-            if len(self._scanners) >= SCANNERS_MAX:
-                self._scanners.clear()
-            scan = self._scanners[schema_id] = scanner(schema.tree, elements_max=self._elements_max)
+            scan = self._scanners[schema] = scanner(schema.tree, elements_max=self._elements_max)
         scan(value, at)
         fields = fastavro.schemaless_reader(
             io.BytesIO(value[at:]), schema.parsed, operation_schema().parsed, return_record_name=True
         )
-        usecase, scopes, request_id, body = _foreign_fields(fields)  # type: ignore[arg-type] # a record
+        usecase, scopes, request_id, body = _foreign_fields(fields, schema)  # type: ignore[arg-type] # a record
         return self._reader.context(usecase, scopes), request_id, body
 
     def _checked(self, context: _Context, request_id: str | None, body: _Body, schema_id: str | None) -> Decoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import uuid
@@ -517,6 +518,14 @@ class TestFraming:
 
         assert decode(operation(), headers).operation
 
+    def test_a_record_that_is_not_read_has_no_schema(self) -> None:
+        """Whoever would ask a registry for it need not."""
+        decoder = OperationDecoder(record_bytes_max=100)
+        framed = b"\x00\x00\x00\x00\x07"
+
+        assert decoder.schema_id(framed + bytes(95)) == "7"
+        assert decoder.schema_id(framed + bytes(96)) is None
+
     def test_no_value_has_no_schema(self) -> None:
         assert OperationDecoder().schema_id(None) is None
         assert OperationDecoder().schema_id(operation()) is None
@@ -550,6 +559,11 @@ def later_version() -> dict[str, Any]:
         later = ["null", {"type": "array", "items": "long"}]
         record["fields"].append({"name": "later", "type": later, "default": None})
     return schema
+
+
+def of(name: str, kind: Any) -> dict[str, Any]:
+    """A field."""
+    return {"name": name, "type": kind}
 
 
 def written_with(schema: Schema, datum: dict[str, Any], schema_id: bytes = b"\x00\x00\x00\x00\x07") -> bytes:
@@ -680,15 +694,112 @@ class TestForeignSchemas:
 
         assert code(decoded) == "decode_error"
 
-    def test_scanners_are_made_once_and_do_not_pile_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(codec, "SCANNERS_MAX", 4)
-        decoder = OperationDecoder(resolver=Registry({str(number): self.LATER for number in range(100)}))
-        value = written_with(self.LATER, self.datum("Get", key="k"), b"")
+    def test_a_scanner_is_made_once_and_lives_as_long_as_its_schema(self) -> None:
+        """Whatever ids a hostile producer thinks of: what the resolver forgets is forgotten here."""
+        registry = Registry({})
+        decoder = OperationDecoder(resolver=registry)
+        value = written_with(self.LATER, self.datum("Get", key="k"))
 
-        for number in range(100):
+        for _ in range(3):
+            registry.schemas["7"] = read_schema(json.dumps(later_version()))
             for _ in range(2):
-                assert decoder.decode(b"\x00" + number.to_bytes(4) + value).operation
-            assert len(decoder._scanners) <= 4
+                assert decoder.decode(value).operation
+            gc.collect()
+            assert len(decoder._scanners) == 1
+
+    def test_another_schema_under_a_known_id_is_scanned_as_what_it_is(self) -> None:
+        """Faults 4.3: the scanner and the reader behind it always go by the same schema."""
+        registry = Registry({"7": self.LATER})
+        decoder = OperationDecoder(resolver=registry)
+        value = written_with(self.LATER, self.datum("Get", key="k"))
+        assert decoder.decode(value).operation
+
+        registry.schemas["7"] = read_schema('{"type": "array", "items": "long"}')
+
+        assert code(decoder.decode(value)) == "decode_error"
+        assert decoder.decode(b"\x00\x00\x00\x00\x07\x02\x02\x00").error is not None
+
+    @pytest.mark.parametrize("kind", ["Get", "Delete", "Head"])
+    def test_a_writer_of_one_kind_alone_needs_no_union(self, kind: str) -> None:
+        """Contract 2.4, Avro's resolution: a record is read into the union that has it, by its name."""
+        schema = json.loads(schema_text("operation"))
+        schema["namespace"] = "of.somebody.else"
+        bodies = schema["fields"][2]
+        (bodies["type"],) = [body for body in bodies["type"] if body["name"] == kind]
+        alone = read_schema(json.dumps(schema))
+        value = written_with(alone, {**self.datum(kind), "body": {"key": "k"}})
+
+        decoded = OperationDecoder(resolver=Registry({"7": alone})).decode(value)
+
+        assert (decoded.kind, decoded.key) == (kind.lower(), "k")
+        assert decoded.operation is not None
+
+    def test_fields_may_change_places_and_be_of_narrower_types(self) -> None:
+        """Contract 2.4, Avro's resolution: matched by name; int is read as long, bytes as string and back."""
+        record = {"type": "record", "namespace": "tierstream.v1"}
+        expiration = {**record, "name": "Expiration", "fields": [of("seconds", "int"), of("policy", "bytes")]}
+        metadata = [
+            of("time_created", {"type": "int", "logicalType": "date"}),
+            of("custom", {"type": "map", "values": "bytes"}),
+            of("expiration", expiration),
+            of("size", ["int", "null"]),
+        ]
+        insert = [
+            of("payload", "string"),
+            of("metadata", {**record, "name": "Metadata", "fields": metadata}),
+            of("key", "bytes"),
+        ]
+        scope = {**record, "name": "Scope", "fields": [of("value", "bytes"), of("name", "string")]}
+        context = [of("scopes", {"type": "array", "items": scope}), of("usecase", "bytes")]
+        fields = [
+            of("body", {**record, "name": "Insert", "fields": insert}),
+            of("request_id", "bytes"),
+            of("context", {**record, "name": "Context", "fields": context}),
+        ]
+        narrow = read_schema(json.dumps({**record, "name": "Operation", "fields": fields}))
+        datum = {
+            "context": {"usecase": b"attachments", "scopes": [{"name": "org", "value": b"17"}]},
+            "request_id": b"r",
+            "body": {
+                "key": "ключ".encode(),
+                "payload": "größe",
+                "metadata": {
+                    "expiration": {"policy": b"tti", "seconds": 60},
+                    "custom": {"a": b"b"},
+                    "time_created": 1,
+                    "size": 1,
+                },
+            },
+        }
+
+        decoded = OperationDecoder(resolver=Registry({"7": narrow})).decode(written_with(narrow, datum))
+
+        assert decoded.operation == Insert(
+            ObjectContext("attachments", [Scope("org", "17")]),
+            "ключ",
+            Metadata(expiration=TimeToIdle(60), custom={"a": "b"}),
+            "größe".encode(),
+        )
+        assert decoded.request_id == "r"
+
+    @pytest.mark.parametrize(
+        ("payload", "value"),
+        [
+            ("long", 1),
+            ({"type": "fixed", "name": "F", "size": 1}, b"x"),
+            ({"type": "array", "items": "int"}, [1]),
+            (["bytes", "boolean"], True),
+        ],
+    )
+    def test_a_type_that_cannot_be_read_as_ours_is_a_decode_error(self, payload: Any, value: Any) -> None:
+        schema = json.loads(schema_text("operation"))
+        schema["fields"][2]["type"][0]["fields"][2]["type"] = payload
+        other = read_schema(json.dumps(schema))
+        datum = self.datum("Insert", key="k", metadata={}, payload=value)
+
+        decoded = OperationDecoder(resolver=Registry({"7": other})).decode(written_with(other, datum))
+
+        assert (code(decoded), decoded.schema_id) == ("decode_error", "7")
 
 
 @dataclass(frozen=True)
