@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain, pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from consumer.offsets import OffsetTracker
+from consumer.offsets import OffsetTracker, Run
+
+def offsets_of(runs: Iterable[Run]) -> list[int]:
+    """Every offset of *runs*, which have to ascend with gaps between them."""
+    runs = list(runs)
+    assert all(before[1] + 1 < after[0] for before, after in pairwise(runs))
+    assert all(first <= last for first, last in runs)
+    return list(chain.from_iterable(range(first, last + 1) for first, last in runs))
+
 
 GAPS = st.integers(min_value=0, max_value=1_000) | st.just(0)
 
@@ -70,6 +81,9 @@ class TrackerAgainstModel(RuleBasedStateMachine):
         assert tracker.unfinished == len(unfinished)
         assert tracker.finished_above_gap == sum(done and offset > watermark for offset, done in self.delivered.items())
         assert tracker.distance == self.position - watermark
+        assert offsets_of(tracker.finished_runs()) == sorted(
+            offset for offset, done in self.delivered.items() if done and offset > watermark
+        )
 
     @invariant()
     def the_watermark_never_goes_back(self) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-
 import pytest
 
-from consumer.offsets import DISTANCE_MAX, OffsetTracker
+from consumer.offsets import OffsetTracker, Run
 
 
 def test_with_nothing_delivered_the_start_may_be_committed() -> None:
@@ -163,6 +161,153 @@ def test_offsets_may_be_as_large_as_kafka_s() -> None:
     assert tracker.watermark == 2**63 - 1
 
 
-def test_one_bit_for_each_offset_of_the_distance_fits_a_commit() -> None:
-    """Contract 3: the distance is bounded so that the offset map fits the 4,096 characters of a commit's metadata."""
-    assert len(base64.b64encode(bytes(DISTANCE_MAX // 8))) <= 4096 - len("ts1:") - 100
+class TestFinishedRuns:
+    """What an offset map is made of."""
+
+    def test_nothing_is_finished_above_a_watermark_at_the_position(self) -> None:
+        """All that is finished lies below the commit."""
+        tracker = OffsetTracker(5)
+        assert tracker.finished_runs() == []
+
+        tracker.track(range(5, 9))
+        tracker.resolve(range(5, 9))
+        assert tracker.finished_runs() == []
+
+    def test_the_finished_offsets_above_the_lowest_unfinished_one(self) -> None:
+        """Contract 3: exactly those, whatever the order they were finished in."""
+        tracker = OffsetTracker(0)
+        tracker.track(range(10))
+        tracker.resolve([9, 2, 0, 3, 5])
+
+        assert tracker.watermark == 1
+        assert tracker.finished_runs() == [(2, 3), (5, 5), (9, 9)]
+
+        tracker.resolve([1, 4])
+        assert tracker.finished_runs() == [(9, 9)]
+
+    def test_offsets_that_were_never_delivered_are_not_finished(self) -> None:
+        """H9b: a gap may hold a record that another isolation level would deliver; only what was answered is skipped."""
+        tracker = OffsetTracker(0)
+        tracker.track([0, 1, 2, 5, 6, 9])
+        tracker.track([10, 20])
+        tracker.resolve([1, 2, 5, 6, 9, 10, 20])
+
+        assert tracker.finished_runs() == [(1, 2), (5, 6), (9, 10), (20, 20)]
+
+    def test_a_hole_at_the_end_of_a_run_and_at_the_start_of_one(self) -> None:
+        """The runs end where something is unfinished."""
+        tracker = OffsetTracker(0)
+        tracker.track([0, 1, 2, 3, 6, 7, 8])
+        tracker.resolve([1, 2, 7, 8])
+
+        assert tracker.finished_runs() == [(1, 2), (7, 8)]
+
+
+class TestRestored:
+    """A tracker that starts with what an earlier assignment has finished."""
+
+    def test_what_was_finished_is_not_to_be_run(self) -> None:
+        """Contract 3: a restart does not run mapped records again."""
+        tracker = OffsetTracker(100, finished=[(102, 104), (107, 107)])
+
+        assert tracker.track(range(100, 110)) == [100, 101, 105, 106, 108, 109]
+        assert tracker.unfinished == 6
+        assert tracker.finished_above_gap == 4
+
+    def test_the_watermark_passes_over_it(self) -> None:
+        """As over anything finished."""
+        tracker = OffsetTracker(100, finished=[(101, 104)])
+        tracker.track(range(100, 106))
+
+        tracker.resolve([100])
+        assert tracker.watermark == 105
+        tracker.resolve([105])
+        assert tracker.watermark == tracker.position == 106
+        assert tracker.finished_above_gap == 0
+
+    def test_what_is_tracked_is_returned_as_it_came_where_nothing_was_finished(self) -> None:
+        """The usual case costs nothing: the same object."""
+        tracker = OffsetTracker(0)
+        offsets = [0, 1, 5]
+
+        assert tracker.track(offsets) is offsets
+        assert tracker.track([]) == []
+
+    def test_until_it_is_delivered_it_stays_in_the_map(self) -> None:
+        """Two restarts with the same stuck record: neither runs the finished ones again."""
+        tracker = OffsetTracker(100, finished=[(102, 150), (160, 170)])
+        assert tracker.finished_runs() == [(102, 150), (160, 170)]
+        assert tracker.finished_above_gap == 60
+
+        tracker.track(range(100, 120))
+        tracker.resolve([101])
+        assert tracker.finished_runs() == [(101, 150), (160, 170)]
+        assert tracker.finished_above_gap == 61
+
+    def test_a_watermark_that_has_reached_it_leaves_it_above(self) -> None:
+        """It is not delivered yet: the position has not passed it, so neither may the commit."""
+        tracker = OffsetTracker(100, finished=[(102, 150)])
+        tracker.track([100, 101])
+        tracker.resolve([100, 101])
+
+        assert tracker.watermark == tracker.position == 102
+        assert tracker.finished_runs() == [(102, 150)]
+        assert tracker.track([102, 150, 151]) == [151]
+        assert tracker.watermark == 151
+
+    def test_where_everything_delivered_was_finished_the_watermark_is_the_position(self) -> None:
+        """The first record after a restart may be a finished one, when the stuck one is gone from the log."""
+        tracker = OffsetTracker(100, finished=[(103, 150)])
+
+        assert tracker.track(range(103, 110)) == []
+        assert (tracker.watermark, tracker.position, tracker.unfinished) == (110, 110, 0)
+        assert tracker.finished_runs() == [(110, 150)]
+
+    def test_retention_may_have_taken_it(self) -> None:
+        """What is gone from the log is never delivered and takes no room in the next map."""
+        tracker = OffsetTracker(100, finished=[(102, 150), (160, 170), (200, 210)])
+
+        tracker.advance(165)
+        assert tracker.finished_runs() == [(165, 170), (200, 210)]
+        assert tracker.track(range(165, 175)) == [171, 172, 173, 174]
+        tracker.advance(300)
+        assert tracker.finished_runs() == []
+        assert tracker.finished_above_gap == 0
+        assert tracker.watermark == 171
+
+    def test_compaction_may_have_taken_some_of_it(self) -> None:
+        """Only what is delivered stays in the map; holes are nobody's."""
+        tracker = OffsetTracker(0, finished=[(1, 9), (20, 29)])
+
+        assert tracker.track([0, 3, 4, 15, 25, 26]) == [0, 15]
+        assert tracker.finished_runs() == [(3, 4), (25, 29)]
+
+    def test_a_run_that_a_delivery_ends_in_goes_on_in_the_next(self) -> None:
+        """Fetches know nothing of runs."""
+        tracker = OffsetTracker(0, finished=[(5, 14)])
+
+        assert tracker.track(range(10)) == [0, 1, 2, 3, 4]
+        assert tracker.track(range(10, 20)) == [15, 16, 17, 18, 19]
+        assert tracker.finished_runs() == [(5, 14)]
+
+    def test_offsets_that_do_not_follow_are_refused_here_too(self) -> None:
+        """A refused delivery uses nothing up."""
+        tracker = OffsetTracker(5, finished=[(6, 8)])
+
+        with pytest.raises(ValueError, match="do not follow position 5"):
+            tracker.track([6, 5])
+        assert tracker.track([5, 6]) == [5]
+
+    def test_it_cannot_be_resolved(self) -> None:
+        """It was answered before: resolving it means that it was answered again."""
+        tracker = OffsetTracker(0, finished=[(1, 1)])
+        tracker.track([0, 1])
+
+        with pytest.raises(ValueError, match="offset 1 is not unfinished"):
+            tracker.resolve([1])
+
+    @pytest.mark.parametrize("finished", [[(99, 101)], [(103, 102)], [(103, 104), (105, 106)], [(105, 106), (101, 102)]])
+    def test_runs_that_are_none_are_refused(self, finished: list[Run]) -> None:
+        """Below the start, without end, adjacent, descending: no offset map says that."""
+        with pytest.raises(ValueError, match="begins below"):
+            OffsetTracker(100, finished=finished)
