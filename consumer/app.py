@@ -35,7 +35,7 @@ from consumer.budget import ByteBudget
 from consumer.codec import RESPONSE_PREFIX, OperationDecoder
 from consumer.commits import CommitPolicy
 from consumer.config import RESPONSE_OVERHEAD_BYTES, Config
-from consumer.errors import ConfigError
+from consumer.errors import BackendError, BackendUnavailable, ConfigError
 from consumer.ids import ObjectId
 from consumer.kafka.clients import make_consumer, make_producer
 from consumer.kafka.poller import Poller
@@ -50,7 +50,7 @@ from consumer.references import References
 from consumer.responses import response_partition
 from consumer.retry import RetryPolicy
 from consumer.service import StorageService
-from consumer.storage.factory import make_change_log, make_high_volume, make_long_term
+from consumer.storage.factory import make_change_log, make_high_volume, make_long_term, open_parts
 from consumer.storage.tiered import TieredStorage
 
 CLEAN, FAILURE, USAGE, FATAL = 0, 1, 2, 3
@@ -142,13 +142,11 @@ class App:
         """Start, wait, stop."""
         config = self._config
         self._install_signals()
-        self._storage = TieredStorage(
-            make_high_volume(config.storage.high_volume),
-            make_long_term(config.storage.long_term),
-            make_change_log(config.storage.change_log),
-            config.storage.threshold,
-            observer=self._counts,
-        )
+        try:
+            storage = self._storage = await self._open_storage()
+        except (ConfigError, BackendError) as error:
+            self._failed(ConfigError(f"storage cannot be used: {error}"))
+            return self._exit_code
         registry = new_registry()
         register(registry, self._counts, self._limiter, self.snapshot, loop_lag=self._lag)
         admin = AdminServer(
@@ -159,7 +157,7 @@ class App:
         except OSError as error:
             where = f"{config.admin.host}:{config.admin.port}"
             log.error("admin port cannot be opened", address=where, error=str(error))  # noqa: TRY400 - no trace: it is the user's
-            await self._storage.close()
+            await storage.close()
             return USAGE
         self._lag.start()
         log.info("started", admin_host=config.admin.host, admin_port=port, pid=os.getpid())
@@ -187,6 +185,21 @@ class App:
         return self._exit_code
 
     # ------------------------------------------------------------------------------------------ start
+
+    async def _open_storage(self) -> TieredStorage:
+        """Open both tiers and the change log.
+
+        Raises:
+            ConfigError, BackendError: one of them may not be used, or not by this version.
+        """
+        storage = self._config.storage
+        high_volume, long_term = make_high_volume(storage.high_volume), make_long_term(storage.long_term)
+        change_log = make_change_log(storage.change_log)
+        try:
+            await open_parts(high_volume, long_term, change_log)
+        except BackendUnavailable as error:
+            log.warning("storage is not available yet", error=str(error))
+        return TieredStorage(high_volume, long_term, change_log, storage.threshold, observer=self._counts)
 
     async def _start(self) -> None:
         config = self._config

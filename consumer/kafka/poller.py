@@ -257,8 +257,8 @@ class Poller(ConsumerRebalanceListener):
             and not assignment.out_of_range
             and not self._short_of_bytes
         ):
+            # No seek: what was prefetched before the pause is still there, as paused partitions are not asked for (H7).
             with suppress(IllegalStateError):
-                self._client.seek(partition, assignment.cursor)
                 self._client.resume(partition)
                 assignment.fetching = True
                 self._fetching[partition] = assignment
