@@ -17,6 +17,7 @@ Outcomes that are not the ordinary one:
 
 * No permits: the partition waits (``at_capacity``), tries again with backoff and jitter, and reads nothing meanwhile.
 * A window that is idle while others wait is given up (:meth:`Assignment.give_up_window`); the partition then waits too.
+* A schema id not heard of, and no answer from the registry: the partition waits at that record (``registry``).
 * A stuck record: reading stops ``DISTANCE_MAX`` offsets above it (``offset_distance``).
 * Drain: nothing more is taken from the buffer; what was started is finished, answered and acknowledged.
 * The drain deadline: the partition is abandoned. What still runs keeps its own permits and no others; its outcome goes
@@ -44,6 +45,7 @@ from consumer.log import get_logger, key_digest
 from consumer.metrics import UNKNOWN_KIND, Counts, OldestState, PartitionState
 from consumer.offsets import DISTANCE_MAX, OffsetTracker
 from consumer.operations import Insert, Operation, OpResponse
+from consumer.registry import SchemaRegistry
 from consumer.responses import DeadLetters, Header, ResponseHeaders
 from consumer.service import StorageService
 
@@ -135,6 +137,8 @@ class Pipeline:
     show_keys: bool
     compacted: bool = False
     """True where the output topic is compacted: a null key is replaced by the response id."""
+    registry: SchemaRegistry | None = None
+    """The decoder's resolver, to be asked before a record with a schema it has not heard of is decoded."""
 
 
 class _Entry:
@@ -218,6 +222,10 @@ class Assignment:
         self._counts = pipeline.counts.partition(topic, partition)
         self._tracker = OffsetTracker(0)
         self._buffer: deque[_Entry] = deque()
+        self._chunk: deque[_Entry] = deque()
+        """Taken from the buffer and tracked, not yet decoded."""
+        self._asking: asyncio.Timeout | None = None
+        """There while the registry is being asked for a schema; ends that where the assignment ends."""
         self._entries: dict[int, _Entry] = {}
         self._unacknowledged = 0
         self._executor = executor
@@ -291,7 +299,7 @@ class Assignment:
     @property
     def idle(self) -> bool:
         """True where nothing was in flight or buffered for :data:`IDLE_SECONDS`."""
-        if self._buffer or self._entries or self._executor is None:
+        if self._buffer or self._chunk or self._entries or self._executor is None:
             return False
         return time.monotonic() - self._idle_since >= IDLE_SECONDS
 
@@ -359,8 +367,8 @@ class Assignment:
     async def _inputs(self) -> AsyncGenerator[tuple[int, Operation | Exception], None]:
         """Give the executor one record after another, as an operation or as the error it became."""
         pipeline = self._pipeline
-        decode, budget, counts = pipeline.decoder.decode, pipeline.budget, self._counts
-        buffer, entries = self._buffer, self._entries
+        decode, schema_id_of, registry = pipeline.decoder.decode, pipeline.decoder.schema_id, pipeline.registry
+        budget, counts, buffer, entries = pipeline.budget, self._counts, self._buffer, self._entries
         while not self._ending and not (self._giving_up and not buffer):
             chunk = self._next_chunk()
             if not chunk:
@@ -369,14 +377,19 @@ class Assignment:
                 continue
             if not self.fetching and len(buffer) <= BUFFER_RECORDS_RESUME:
                 self._refill(self)
-            for entry in chunk:
+            while chunk and not self._ending:
+                entry = chunk.popleft()
                 record = entry.record
                 offset = record.offset
-                if self._ending:
-                    break  # type: ignore[unreachable]  # it changes while this generator is suspended
+                entries[offset] = entry
+                if registry is not None:
+                    schema_id = schema_id_of(record.value, record.headers)
+                    if schema_id is not None and not registry.knows(schema_id):
+                        await self._ask(registry, schema_id)
+                        if self._ending:
+                            break  # type: ignore[unreachable]  # it changes while this generator is suspended
                 decoded = entry.decoded = decode(record.value, record.headers)
                 operation = decoded.operation
-                entries[offset] = entry
                 if operation is None:
                     assert decoded.error is not None
                     counts.poison += 1
@@ -391,15 +404,23 @@ class Assignment:
                     operation = self._with_key(operation, record)
                 yield offset, operation
 
-    def _next_chunk(self) -> list[_Entry]:
+    async def _ask(self, registry: SchemaRegistry, schema_id: str) -> None:
+        """Wait until the registry has told what the schema is, or the assignment ends."""
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None) as self._asking:
+                    await registry.ensure(schema_id)
+        finally:
+            self._asking = None
+
+    def _next_chunk(self) -> deque[_Entry]:
         """Take records from the buffer and track them; none where there are none, or the distance does not allow it."""
-        buffer, tracker = self._buffer, self._tracker
+        buffer, chunk, tracker = self._buffer, self._chunk, self._tracker
         if not buffer:
-            return []
+            return chunk
         if not tracker.unfinished:
             tracker.advance(buffer[0].record.offset)
         ceiling = tracker.watermark + DISTANCE_MAX
-        chunk: list[_Entry] = []
         while buffer and len(chunk) < CHUNK_RECORDS and buffer[0].record.offset < ceiling:
             chunk.append(buffer.popleft())
         self._too_distant = not chunk
@@ -517,6 +538,8 @@ class Assignment:
 
     def close_gate(self) -> None:
         """Take nothing more from the buffer; what was started goes on."""
+        if self._asking is not None and not self._ending:
+            self._asking.reschedule(0.0)
         self.open = False
         self._ending = True
         self._wake.set()
@@ -561,7 +584,8 @@ class Assignment:
     def _forget_buffer(self) -> None:
         """Give back what unanswered records charge; the ones answered give it back when they are acknowledged."""
         budget = self._pipeline.budget
-        released = sum([entry.size for entry in self._buffer])
+        released = sum([entry.size for part in (self._chunk, self._buffer) for entry in part])
+        self._chunk.clear()
         self._buffer.clear()
         for offset in [offset for offset, entry in self._entries.items() if not entry.pending]:
             entry = self._entries.pop(offset)
@@ -581,6 +605,8 @@ class Assignment:
             reasons.append("offset_distance")
         if self.out_of_range:
             reasons.append("out_of_range")
+        if self._asking is not None and self._pipeline.registry is not None and self._pipeline.registry.waiting:
+            reasons.append("registry")
         return reasons
 
     @property
