@@ -2,12 +2,13 @@
 
 Start: storage (recovery of unfinished changes begins in the background), admin port, then the broker. An unreachable
 broker is not an exit: the service stays up, not ready, and goes on trying. Missing topics, and an output topic that is
-compacted without leave, are exit 2.
+compacted without leave, are exit 2. With ``output.framing: confluent`` the schema registry has to take the responses'
+schema: it is waited for like a broker, and its refusal is exit 2.
 
 Stop, in this order, each step with a deadline:
 
 1. *Poller*: poll no more, finish and answer what was started, commit, leave the group. Answers need the publisher, and
-   operations need storage, so both outlive it.
+   operations need storage, so both outlive it; the schema registry is not needed any more.
 2. *Publisher*: nothing is waiting in it any more after a full drain; after a drain that ran out of time, what waits is
    forgotten and will be answered by whoever owns the partition next.
 3. *Storage*: join the clean-ups; those that do not end in time stand in the change log.
@@ -31,8 +32,9 @@ from typing import Any
 
 from consumer.admin import AdminServer
 from consumer.assignment import Lane, Pipeline
+from consumer.avro_schemas import schema_text
 from consumer.budget import ByteBudget
-from consumer.codec import RESPONSE_PREFIX, OperationDecoder
+from consumer.codec import RESPONSE_PREFIX, OperationDecoder, registry_prefix
 from consumer.commits import CommitPolicy
 from consumer.config import RESPONSE_OVERHEAD_BYTES, Config
 from consumer.errors import BackendError, BackendUnavailable, ConfigError
@@ -47,6 +49,7 @@ from consumer.metrics import Counts, DebugState, EventLoopLag, new_registry, reg
 from consumer.operations import StoredObject
 from consumer.permits import ConcurrencyLimiter
 from consumer.references import References
+from consumer.registry import SchemaRegistry
 from consumer.responses import response_partition
 from consumer.retry import RetryPolicy
 from consumer.service import StorageService
@@ -135,6 +138,7 @@ class App:
         self._change_log_entries: int | None = None
         self._not_started: str | None = "connecting to the broker"
         self._storage: TieredStorage | None = None
+        self._schemas: SchemaRegistry | None = None
         self._publisher: Publisher | None = None
         self._poller: Poller | None = None
 
@@ -203,7 +207,9 @@ class App:
 
     async def _start(self) -> None:
         config = self._config
+        schemas = self._schemas = _schema_registry(config)
         plan = await inspect_topics(config)
+        response_prefix = await self._response_prefix(schemas)
         self._not_started = "starting the producer"
         publisher = self._publisher = Publisher(
             partial(make_producer, config),
@@ -212,7 +218,7 @@ class App:
         )
         await publisher.start()
         self._not_started = "joining the group"
-        pipeline = self._pipeline(plan, publisher)
+        pipeline = self._pipeline(plan, publisher, response_prefix)
         poller = self._poller = Poller(
             pipeline,
             topics=config.input.topics,
@@ -233,7 +239,18 @@ class App:
         self._not_started = None
         self._state = "running"
 
-    def _pipeline(self, plan: TopicPlan, publisher: Publisher) -> Pipeline:
+    async def _response_prefix(self, schemas: SchemaRegistry | None) -> bytes:
+        """Return what every response begins with; for that the registry has to take the responses' schema."""
+        output = self._config.output
+        if output.framing == "bare":
+            return b""
+        if output.framing == "single-object":
+            return RESPONSE_PREFIX
+        assert schemas is not None, "the configuration has been checked"
+        self._not_started = "registering the response schema"
+        return registry_prefix(await schemas.register(f"{output.topic}-value", schema_text("response")))
+
+    def _pipeline(self, plan: TopicPlan, publisher: Publisher, response_prefix: bytes) -> Pipeline:
         config = self._config
         assert self._storage is not None
         service = StorageService(
@@ -257,6 +274,7 @@ class App:
             object_bytes_max=config.limits.object_bytes,
             elements_max=config.limits.avro_elements,
             usecases=config.usecases,
+            resolver=self._schemas,
         )
 
         def lane_of(topic: str, partitions: int, partition: int) -> Lane:
@@ -277,13 +295,14 @@ class App:
             ordering=config.ordering,
             fraction=config.window.fraction,
             copy_headers=frozenset(config.output.copy_headers),
-            response_prefix=RESPONSE_PREFIX if config.output.framing == "single-object" else b"",
+            response_prefix=response_prefix,
             response_bytes_max=_at_most(config.limits.response_bytes, plan.output_bytes_max, RESPONSE_OVERHEAD_BYTES),
             dead_letter_bytes_max=plan.dead_letter_bytes_max or config.limits.record_bytes + RESPONSE_OVERHEAD_BYTES,
             read_bytes=config.storage.threshold,
             derive_keys=config.storage.key_generation == "derived",
             show_keys=config.admin.show_keys,
             compacted=plan.output_compacted,
+            registry=self._schemas,
         )
 
     def _storage_is_blocked(self, blocked: bool) -> None:  # noqa: FBT001 - the signature of a callback
@@ -331,6 +350,8 @@ class App:
             done = await _step("poller", self._poller.stop(drain, CLIENT_STOP_SECONDS))
             if not done and self._exit_code == CLEAN:
                 self._exit_code = FAILURE
+        if self._schemas is not None:
+            await _step("schema registry", self._schemas.close())
         if self._publisher is not None:
             await _step("publisher", self._publisher.stop(PUBLISHER_STOP_SECONDS))
         if self._storage is not None:
@@ -386,6 +407,8 @@ class App:
             reasons.append("responses are not being acknowledged")
         if self._storage_blocked:
             reasons.append("storage unavailable")
+        if self._schemas is not None and self._schemas.waiting:
+            reasons.append("schema registry unavailable")
         return reasons
 
     async def _sample(self) -> None:
@@ -400,6 +423,20 @@ class App:
 def _at_most(limit: int, topic_limit: int | None, overhead: int) -> int:
     """Return *limit*, lowered to what a topic takes beside *overhead*."""
     return limit if topic_limit is None else max(0, min(limit, topic_limit - overhead))
+
+
+def _schema_registry(config: Config) -> SchemaRegistry | None:
+    settings = config.schema_registry
+    if settings.url is None:
+        return None
+    return SchemaRegistry(
+        settings.url,
+        username=settings.username,
+        password=settings.password.get() if settings.password is not None else None,
+        bearer_token=settings.bearer_token.get() if settings.bearer_token is not None else None,
+        ssl_ca_file=settings.ssl_ca_file,
+        depth_max=config.limits.avro_depth,
+    )
 
 
 async def _first_of(task: asyncio.Task[None], other: Awaitable[object]) -> None:

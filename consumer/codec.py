@@ -788,13 +788,19 @@ _NOT_HEADED = _number(404) + b"\x04\x00"
 _DELETED = _number(204) + b"\x06"
 
 
+def registry_prefix(schema_id: int) -> bytes:
+    """Return what stands before a datum of the schema with this id, 0 to 2**32 - 1, in a registry's framing."""
+    return b"\x00" + schema_id.to_bytes(4)
+
+
 class ResponseEncoder:
     """Encodes the responses to one input partition.
 
     Args:
         topic: The input topic.
         partition: The input partition.
-        prefix: What every response begins with: nothing (bare), or ``RESPONSE_PREFIX`` (single-object).
+        prefix: What every response begins with: nothing (bare), ``RESPONSE_PREFIX`` (single-object), or what
+            :func:`registry_prefix` returns (confluent).
     """
 
     def __init__(self, topic: str, partition: int, *, prefix: bytes = b"") -> None:
