@@ -53,6 +53,21 @@ def say_json(value: object, *, line: bool = False) -> None:
     say(json.dumps(value, ensure_ascii=False, indent=None if line else 2))
 
 
+def confirm(question: str, *, yes: bool) -> None:
+    """Return if *yes* was given on the command line, or is the answer of somebody at the terminal.
+
+    Raises:
+        Failure: the answer is no (exit 1), or nobody is there to be asked (exit 2).
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise Failure("nobody is there to be asked", "give --yes to go on, --dry-run to see", exit_code=EXIT_USAGE)
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)  # noqa: T201 - the purpose of this module
+    if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+        raise Failure("nothing was changed")
+
+
 def say_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows under their columns, numbers to the right; nothing known is a dash."""
     cells = [["-" if row[column] is None else str(row[column]) for column in columns] for row in rows]

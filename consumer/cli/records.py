@@ -125,7 +125,7 @@ class _Produce:
             self.sent += 1
             key = None if record.key is None else record.key.decode()
             place = "by key" if record.partition is None else f"partition {record.partition}"
-            note(f"line {self._numbers.pop(0)}: {len(record.value)} bytes, record key {key}, {place}")
+            note(f"line {self._numbers.pop(0)}: {len(record.value or b'')} bytes, record key {key}, {place}")
 
     async def _records(self) -> AsyncIterator[Outgoing]:
         from consumer.cli.lines import BadLine, read_line
