@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -62,7 +63,8 @@ class Desk:
         timestamp: int = 0,
     ) -> None:
         """Write a record by another client; *timestamp* in milliseconds, 0 = now."""
-        self._producer.produce(topic, value, key, partition, headers=headers or [], timestamp=timestamp)
+        given: Any = headers or []
+        self._producer.produce(topic, value, key, partition, headers=given, timestamp=timestamp)
         assert self._producer.flush(20) == 0
 
     def respond(self, offset: int, kind: str, key: str | None, result: Any, status: int, **more: Any) -> None:
