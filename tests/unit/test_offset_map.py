@@ -168,6 +168,7 @@ class TestNotBelieved:
             assembled(bytes([1, 0])),
             assembled(bytes([1])),
             assembled(bytes([1, 0x80])),
+            assembled(bytes([1, 1, 0x80])),
             assembled(bytes([1, 5, 0, 5])),
             assembled(bytes([0x80] * 10 + [1, 1])),
             assembled(b"", form=2),

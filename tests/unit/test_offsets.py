@@ -290,6 +290,14 @@ class TestRestored:
         assert tracker.track(range(10, 20)) == [15, 16, 17, 18, 19]
         assert tracker.finished_runs() == [(5, 14)]
 
+    def test_a_run_that_begins_at_the_position_is_still_to_come(self) -> None:
+        """The position is the next offset to be delivered, so it is not passed."""
+        tracker = OffsetTracker(0, finished=[(5, 5), (7, 7)])
+
+        tracker.advance(5)
+        assert tracker.track([5, 6]) == [6]
+        assert tracker.track([7, 8]) == [8]
+
     def test_offsets_that_do_not_follow_are_refused_here_too(self) -> None:
         """A refused delivery uses nothing up."""
         tracker = OffsetTracker(5, finished=[(6, 8)])
