@@ -24,9 +24,9 @@ outcome is kept. Operations that were ready or running go on to their end; after
 object that becomes ready meanwhile waits in a chain, in input order, and in its place in the window; each passes the
 turn on when it has finished. An operation that never suspends needs no turn.
 
-**Cancelled.** Cancelling what an operation runs in gives ``OperationDropped`` for that index alone; the runner ends and
-is replaced. ``KeyboardInterrupt`` and ``SystemExit``, or a defect of this module, stop the execution; they are raised
-to the consumer once the permits are back.
+**Cancelled.** Cancelling what an operation runs in gives ``OperationDropped`` for that index alone; the runner ends
+when nothing is ready any more. ``KeyboardInterrupt`` and ``SystemExit``, or a defect of this module, stop the
+execution; they are raised to the consumer once the permits are back.
 
 All of it belongs to one event loop. An operation sees a task that others have used before: what it sets in context
 variables stays there.
@@ -388,7 +388,7 @@ class StreamExecutor:
         assert task is not None
         try:
             while not self._ended:
-                await self._run_ready(task)
+                await self._run_ready()
                 if task.cancelling():
                     break
                 if not self._ended:
@@ -406,8 +406,8 @@ class StreamExecutor:
             if not told:  # there is no consumer any more
                 raise
 
-    async def _run_ready(self, task: asyncio.Task[Any]) -> None:  # noqa: C901, PLR0912 - the hot path: calls cost most
-        """Run operations until nothing is ready or *task* has been cancelled."""
+    async def _run_ready(self) -> None:  # noqa: C901, PLR0912 - the hot path: calls cost most
+        """Run operations until nothing is ready."""
         ready, turns, chains, outcomes = self._ready, self._turns, self._chains, self._outcomes
         handler, counts = self._handler, self._counts
         key: _Object | None
@@ -455,8 +455,6 @@ class StreamExecutor:
                 outcomes.append((index, outcome))
                 if self._consumer is not None:
                     self._call_consumer()
-            if rest is not None and task.cancelling():
-                return
 
     async def _finish(
         self, index: int, operation: Operation, rest: Awaitable[OpResponse]
@@ -491,8 +489,6 @@ class StreamExecutor:
             return
         self._stopped = True
         self._outcomes.clear()
-        for waiting in self._chains.values():
-            waiting.clear()
         if self._puller is not None:
             self._puller.cancel()
         self._call_consumer()

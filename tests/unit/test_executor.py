@@ -506,7 +506,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("ordering", ["unordered", "key"])
     async def test_cancelling_what_an_operation_runs_in_drops_it_alone(self, ordering: Ordering) -> None:
-        """The runner that was cancelled is replaced: everything behind it is still answered."""
+        """Everything behind it is still answered."""
 
         class SelfCancelling(GatedStorage):
             async def head(self, object_id: ObjectId) -> Metadata | None:
