@@ -81,10 +81,28 @@ def main(config: Config) -> int:
     """Run the service until a signal or a failure ends it; return the exit code.
 
     Raises:
-        ConfigError: ``runtime.loop`` asks for an event loop that is not installed.
+        ConfigError: ``runtime.loop`` asks for an event loop that is not installed, or a setting for what this version
+            cannot do.
     """
+    check_available(config)
     with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
         return runner.run(run(config))
+
+
+def check_available(config: Config) -> None:
+    """Refuse what the contract describes and this version does not do yet, rather than do something else silently.
+
+    Raises:
+        ConfigError: the text names every such setting.
+    """
+    asked = {
+        "delivery: exactly-once": config.delivery == "exactly-once",
+        f"runtime.processes: {config.runtime.processes}": config.runtime.processes > 1,
+        "references.in_responses: always": config.references.in_responses == "always",
+    }
+    missing = [setting for setting, wanted in asked.items() if wanted]
+    if missing:
+        raise ConfigError("\n".join(f"{setting} is not available in this version" for setting in missing))
 
 
 def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | None:
