@@ -55,6 +55,10 @@ REFERENCE_BYTES = 512 * 1024
 """Files above this go in by reference: the embedded broker takes records up to 1 MiB."""
 GET_BYTES_MAX = 900 * 1024
 """Larger objects do not fit a response on the embedded broker."""
+FILES_MIN = 2_000
+"""A smaller source is streamed again under other names: some systems ship only a part of the standard library."""
+FILES_MAX = 20_000
+"""Files of a larger source that are left out; the demo is to end soon."""
 LARGE_FILES = 6
 LARGE_BYTES = 1_500_000
 """Made from the source's own files, so that they are above the 1 MiB that live in the high-volume tier."""
@@ -396,14 +400,13 @@ class _Demo:
     def _all_records(self) -> Iterator[tuple[bytes, bytes | None, Expected]]:
         files = self._files()
         every = max(1, len(files) // len(UNDECODABLE))
-        for number, path in enumerate(files):
-            yield self._insert(path)
+        for number, (key, path) in enumerate(files):
+            yield self._insert(key, path)
             if number % every == 0 and number // every < len(UNDECODABLE):
                 _, value, code = UNDECODABLE[number // every]
                 yield b"undecodable", value, Expected("unknown", 400, code=code)
-        for number, path in enumerate(files):
+        for number, (key, path) in enumerate(files):
             size = path.stat().st_size
-            key = self._key(path)
             if number % 3 == 0:
                 yield self._operation(Head(CONTEXT, key), Expected("head", 204, key, size=size))
             if number % 4 == 0 and size <= GET_BYTES_MAX:
@@ -415,7 +418,8 @@ class _Demo:
                 yield self._operation(Head(CONTEXT, key), Expected("head", 404, key))
                 yield self._operation(Get(CONTEXT, key), Expected("get", 404, key))
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> list[tuple[str, Path]]:
+        """Keys and paths of everything to be streamed; of a small folder several times, as other objects."""
         if not self._large.exists():
             self._make_large_files()
         found = sorted(
@@ -425,8 +429,12 @@ class _Demo:
             and not path.is_symlink()
             and not {"__pycache__", "site-packages", "dist-packages"} & set(path.parts)
             and os.access(path, os.R_OK)
-        )
-        return [*sorted(self._large.iterdir()), *found]
+        )[:FILES_MAX]
+        large = [(f"large/{path.name}", path) for path in sorted(self._large.iterdir())]
+        copies = max(1, -(-FILES_MIN // max(1, len(found))))
+        return large + [
+            (f"{copy}/{path.relative_to(self._source).as_posix()}", path) for copy in range(copies) for path in found
+        ]
 
     def _make_large_files(self) -> None:
         self._large.mkdir()
@@ -438,13 +446,8 @@ class _Demo:
                     large.write(sources[index % len(sources)].read_bytes() or b"-")
                     index += 1
 
-    def _key(self, path: Path) -> str:
-        if path.is_relative_to(self._large):
-            return f"large/{path.name}"
-        return path.relative_to(self._source).as_posix()
-
-    def _insert(self, path: Path) -> tuple[bytes, bytes | None, Expected]:
-        size, key = path.stat().st_size, self._key(path)
+    def _insert(self, key: str, path: Path) -> tuple[bytes, bytes | None, Expected]:
+        size = path.stat().st_size
         metadata = Metadata(filename=path.name, custom={"folder": path.parent.name} if path.parent.name else {})
         payload: bytes | PayloadReference
         if size > REFERENCE_BYTES:
