@@ -35,7 +35,9 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import (
     CommitFailedError,
     IllegalStateError,
+    InvalidCommitOffsetSizeError,
     KafkaError,
+    OffsetMetadataTooLargeError,
     OffsetOutOfRangeError,
     RebalanceInProgressError,
 )
@@ -143,6 +145,7 @@ class Poller(ConsumerRebalanceListener):
         self._older_runs: dict[TopicPartition, StreamExecutor] = {}
         self._short_of_bytes = False
         self._lost = False
+        self._map_characters_max = CHARACTERS_MAX
         self._releasing = asyncio.Lock()
         self._committing = asyncio.Lock()
         self._schedule = CommitSchedule(commit_policy, time.monotonic())
@@ -386,7 +389,7 @@ class Poller(ConsumerRebalanceListener):
             return outcome == "drained"
 
     def _all_committed(self) -> bool:
-        return all(one.committed == one.watermark for one in self._assignments.values() if one.committed is not None)
+        return all(self._assignments[partition].committed is None for partition in self._commit_points())
 
     async def _prepare(self, partitions: list[TopicPartition]) -> None:
         """Reserve windows, find start offsets, open gates."""
@@ -418,14 +421,20 @@ class Poller(ConsumerRebalanceListener):
             del self._older_runs[partition]
             self._begin(partition, starts[partition])
 
-    def _begin(self, partition: TopicPartition, start: tuple[int, bool]) -> None:
-        offset, is_committed = start
+    def _begin(self, partition: TopicPartition, start: Start) -> None:
         assignment = self._assignments[partition]
-        assignment.committed = offset if is_committed else None
+        if start.committed:
+            assignment.committed, assignment.committed_map = start.offset, start.metadata
         with suppress(IllegalStateError):
-            self._client.seek(partition, offset)
-        assignment.begin(offset)
-        log.info("partition open", topic=partition.topic, partition=partition.partition, offset=offset)
+            self._client.seek(partition, start.offset)
+        assignment.begin(start.offset, start.finished)
+        log.info(
+            "partition open",
+            topic=partition.topic,
+            partition=partition.partition,
+            offset=start.offset,
+            finished_above=count(start.finished),
+        )
 
     def _reserve(self, partitions: list[TopicPartition]) -> dict[TopicPartition, StreamExecutor | None]:
         """Take the windows in sorted order, after the old ones are back."""
@@ -454,12 +463,15 @@ class Poller(ConsumerRebalanceListener):
                     executors[partition] = pipeline.service.stream(ordering=pipeline.ordering, window=window)
         return executors
 
-    async def _starts(self, partitions: list[TopicPartition]) -> dict[TopicPartition, tuple[int, bool]]:
-        """Return for each partition where to start, and whether that is what the group has committed.
+    async def _starts(self, partitions: list[TopicPartition]) -> dict[TopicPartition, Start]:
+        """Return for each partition where to start, and what is finished above.
 
         ``latest`` applies only to a topic of which the group has committed nothing at all: a partition without a commit
         beside others that have one was added later, and its first records must not be skipped. Asked until there is an
         answer; who asks is cancelled by the next rebalance.
+
+        Raises:
+            ConfigError: a newer release has been at work in this group.
         """
         failures = 0
         while True:
@@ -467,11 +479,9 @@ class Poller(ConsumerRebalanceListener):
                 async with self._ask_cluster() as cluster:
                     committed = await cluster.committed(self._group_id)
                     known = {topic for topic, _ in committed}
-                    chosen: dict[TopicPartition, tuple[int, bool]] = {
-                        partition: (committed[partition].offset, True)
-                        for partition in partitions
-                        if partition in committed
-                    }
+                    chosen = await self._committed_starts(
+                        cluster, {partition: committed[partition] for partition in partitions if partition in committed}
+                    )
                     for side, at in (("earliest", EARLIEST), ("latest", LATEST)):
                         uncommitted = [
                             partition
@@ -480,12 +490,41 @@ class Poller(ConsumerRebalanceListener):
                             and side == ("earliest" if partition.topic in known else self._start_at)
                         ]
                         found = await cluster.offsets(uncommitted, at) if uncommitted else {}
-                        chosen |= {partition: (found[partition], False) for partition in uncommitted}
+                        chosen |= {partition: Start(found[partition]) for partition in uncommitted}
                     return chosen
             except (ClusterUnavailable, ClusterRefusal) as error:
                 log.warning("start offsets unknown", error=str(error), failures=failures + 1)
             await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])
             failures += 1
+
+    async def _committed_starts(
+        self, cluster: Cluster, commits: Mapping[TopicPartition, Committed]
+    ) -> dict[TopicPartition, Start]:
+        """Read the offset maps of *commits*; one that is not to be believed has no effect, which is said aloud."""
+        ends: dict[Partition, int] = {}
+        with_map = [partition for partition, commit in commits.items() if commit.metadata]
+        if with_map:
+            with suppress(ClusterUnavailable):  # a partition without leader must not hold the others up
+                ends = await cluster.offsets(with_map, LATEST)
+        starts: dict[TopicPartition, Start] = {}
+        for partition, commit in commits.items():
+            end = ends.get(partition)
+            found = decode(
+                commit.metadata, committed_offset=commit.offset, cluster_id=self._pipeline.cluster_id, end=end
+            )
+            name = f"{partition.topic}/{partition.partition}"
+            if found.reason == "newer_version":
+                raise ConfigError(
+                    f"the offset map of {name} was written by a newer release: upgrade, or see `offset-map clear`"
+                )
+            reason = "log_end_unknown" if found.valid and end is None else found.reason
+            if reason not in {None, "absent"}:
+                self._pipeline.counts.offset_maps_dropped[str(reason)] += 1
+                log.warning("offset map not used: what it says is finished runs again", partition=name, reason=reason)
+            starts[partition] = Start(
+                commit.offset, committed=True, metadata=commit.metadata, finished=() if reason else found.finished
+            )
+        return starts
 
     def _pass_on_a_window(self) -> None:
         """Somebody waits for permits: ask one idle partition for its window."""
@@ -514,11 +553,11 @@ class Poller(ConsumerRebalanceListener):
                 async with asyncio.timeout(self._schedule.due_in(time.monotonic())):
                     await self._commit_due.wait()
             self._commit_due.clear()
+            self._schedule.committed(time.monotonic())  # before it: what is resolved during the commit waits for the next
             await self._commit(COMMIT_TIMEOUT_SECONDS)
-            self._schedule.committed(time.monotonic())
 
     async def _commit(self, timeout_seconds: float) -> CommitOutcome:
-        """Commit the watermarks that moved. One commit at a time; the epoch is checked again after waiting for a turn.
+        """Commit what has changed. One commit at a time; the epoch is checked again after waiting for a turn.
 
         Returns:
             ``lost`` where the group no longer counts us as a member, ``unknown`` where there was no usable answer: the
@@ -527,19 +566,13 @@ class Poller(ConsumerRebalanceListener):
         async with self._committing:
             await self._advance_over_gaps()
             began, epoch = time.monotonic(), self._epoch
-            offsets = {
-                partition: assignment.watermark
-                for partition, assignment in self._assignments.items()
-                if assignment.begun and assignment.watermark != assignment.committed
-            }
-            if not offsets or self._lost:
+            points = self._commit_points()
+            if not points or self._lost:
                 return "lost" if self._lost else "success"
             outcome: CommitOutcome = "success"
             try:
                 async with asyncio.timeout(timeout_seconds):
-                    await self._client.commit(
-                        {partition: OffsetAndMetadata(offset, "") for partition, offset in offsets.items()}
-                    )
+                    points = await self._send_commit(points)
             except CommitFailedError as error:
                 if isinstance(error.__cause__, RebalanceInProgressError):
                     outcome = "unknown"
@@ -551,13 +584,48 @@ class Poller(ConsumerRebalanceListener):
                 outcome = "unknown"
                 log.warning("commit without answer", error=repr(error))
             else:
-                for partition, offset in offsets.items():
+                for partition, point in points.items():
                     assignment = self._assignments.get(partition)
                     if assignment is not None and assignment.epoch == epoch:
-                        assignment.committed = offset
+                        assignment.committed, assignment.committed_map = point.offset, point.metadata
                         assignment.committed_at = time.time()
             self._pipeline.counts.committed(outcome, time.monotonic() - began)
             return outcome
+
+    def _commit_points(self) -> dict[TopicPartition, OffsetAndMetadata]:
+        """Return watermark and offset map of every partition where they are not what is committed."""
+        points: dict[TopicPartition, OffsetAndMetadata] = {}
+        for partition, assignment in self._assignments.items():
+            if assignment.begun:
+                text = assignment.offset_map
+                point = OffsetAndMetadata(assignment.watermark, text if len(text) <= self._map_characters_max else "")
+                if point != (assignment.committed, assignment.committed_map):
+                    points[partition] = point
+        return points
+
+    async def _send_commit(
+        self, points: dict[TopicPartition, OffsetAndMetadata]
+    ) -> dict[TopicPartition, OffsetAndMetadata]:
+        """Commit *points*, without their maps where the broker takes none of that size; return what was committed."""
+        try:
+            await self._client.commit(points)
+        except (OffsetMetadataTooLargeError, InvalidCommitOffsetSizeError) as error:
+            longest = max(len(point.metadata) for point in points.values())
+            if not longest:
+                raise
+            if self._map_characters_max == CHARACTERS_MAX:
+                log.warning("broker refuses offset maps: committing without", characters=longest, error=repr(error))
+            self._map_characters_max = longest // 2  # so that few commits are refused until the limit is kept to
+            points = {partition: OffsetAndMetadata(point.offset, "") for partition, point in points.items()}
+            await self._client.commit(points)
+        without = sum(1 for partition, point in points.items() if not point.metadata and self._has_map(partition))
+        if without:
+            self._pipeline.counts.offset_maps_dropped["too_large"] += without
+        return points
+
+    def _has_map(self, partition: TopicPartition) -> bool:
+        assignment = self._assignments.get(partition)
+        return assignment is not None and assignment.finished_above_gap > 0
 
     async def _advance_over_gaps(self) -> None:
         """Move idle partitions over offsets without records (control batches, aborted ones): only the client knows."""
