@@ -11,13 +11,14 @@ partition in one epoch. The life of a record:
 4. *Answer*: the outcome becomes one encoded response in the lane of its output partition; poison, panics and permanent
    storage faults are written to the dead letter topic as well.
 5. *Resolve*: when the broker has acknowledged the response, and the dead letter where there is one, the offset is
-   finished. The poller commits the watermark.
+   finished. The poller commits the watermark, and beside it the offset map of what is finished above.
 
 Outcomes that are not the ordinary one:
 
 * No permits: the partition waits (``at_capacity``), tries again with backoff and jitter, and reads nothing meanwhile.
 * A window that is idle while others wait is given up (:meth:`Assignment.give_up_window`); the partition then waits too.
 * A schema id not heard of, and no answer from the registry: the partition waits at that record (``registry``).
+* A record that the offset map of the last commit says is finished: it is tracked and dropped, neither run nor answered.
 * A stuck record: reading stops ``DISTANCE_MAX`` offsets above it (``offset_distance``).
 * Drain: nothing more is taken from the buffer; what was started is finished, answered and acknowledged.
 * The drain deadline: the partition is abandoned. What still runs keeps its own permits and no others; its outcome goes
@@ -43,7 +44,8 @@ from consumer.errors import DEAD_LETTER_CODES, AtCapacity, OperationPanic, Tiers
 from consumer.executor import StreamExecutor
 from consumer.log import get_logger, key_digest
 from consumer.metrics import UNKNOWN_KIND, Counts, OldestState, PartitionState
-from consumer.offsets import DISTANCE_MAX, OffsetTracker
+from consumer.offset_map import encode
+from consumer.offsets import DISTANCE_MAX, OffsetTracker, Run
 from consumer.operations import Insert, Operation, OpResponse
 from consumer.registry import SchemaRegistry
 from consumer.responses import DeadLetters, Header, ResponseHeaders
@@ -201,6 +203,8 @@ class Assignment:
         """True while the poller fetches for this partition; written by the poller."""
         self.committed: int | None = None
         """Last offset committed, or found committed; written by the poller."""
+        self.committed_map = ""
+        """Metadata of that commit: its offset map; written by the poller."""
         self.committed_at: float | None = None
         """When the last commit of this assignment succeeded, seconds since the epoch; written by the poller."""
         self.high_watermark: int | None = None
@@ -227,6 +231,7 @@ class Assignment:
         self._asking: asyncio.Timeout | None = None
         """There while the registry is being asked for a schema; ends that where the assignment ends."""
         self._entries: dict[int, _Entry] = {}
+        self._skipped = 0
         self._unacknowledged = 0
         self._executor = executor
         self._ending = False
@@ -245,9 +250,12 @@ class Assignment:
 
     # ------------------------------------------------------------------------------------------ records come in
 
-    def begin(self, start: int) -> None:
-        """Open the gate: reading starts at *start*. Fetching begins as soon as there is a window."""
-        self._tracker = OffsetTracker(start)
+    def begin(self, start: int, finished: Iterable[Run] = ()) -> None:
+        """Open the gate: reading starts at *start*. Fetching begins as soon as there is a window.
+
+        Records of *finished*, runs from *start* on, are not run again.
+        """
+        self._tracker = OffsetTracker(start, finished)
         self.cursor = start
         self.open = self.begun = True
         self._refill(self)
@@ -256,7 +264,9 @@ class Assignment:
         """Go on at *position*, because what lay between is gone; unfinished work below it is finished as usual."""
         self.cursor = position
         if not self._tracker.unfinished:
-            self._tracker = OffsetTracker(position)
+            if position < self._tracker.position:  # another log: what was finished in the old one says nothing of it
+                self._tracker = OffsetTracker(position)
+            self._tracker.advance(position)
 
     def receive(self, records: Sequence[Record]) -> None:
         """Take fetched records, in offset order; those below :attr:`cursor` were taken before and are ignored."""
@@ -295,6 +305,12 @@ class Assignment:
     def watermark(self) -> int:
         """The offset that may be committed: everything below it is finished."""
         return self._tracker.watermark
+
+    @property
+    def offset_map(self) -> str:
+        """What is finished above the watermark, as metadata of a commit; empty where nothing is."""
+        tracker = self._tracker
+        return encode(tracker.watermark, tracker.finished_runs(), self._pipeline.cluster_id)
 
     @property
     def idle(self) -> bool:
@@ -371,12 +387,12 @@ class Assignment:
         budget, counts, buffer, entries = pipeline.budget, self._counts, self._buffer, self._entries
         while not self._ending and not (self._giving_up and not buffer):
             chunk = self._next_chunk()
+            if not self.fetching and len(buffer) <= BUFFER_RECORDS_RESUME:
+                self._refill(self)
             if not chunk:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            if not self.fetching and len(buffer) <= BUFFER_RECORDS_RESUME:
-                self._refill(self)
             while chunk and not self._ending:
                 entry = chunk.popleft()
                 record = entry.record
@@ -416,16 +432,38 @@ class Assignment:
     def _next_chunk(self) -> deque[_Entry]:
         """Take records from the buffer and track them; none where there are none, or the distance does not allow it."""
         buffer, chunk, tracker = self._buffer, self._chunk, self._tracker
-        if not buffer:
-            return chunk
-        if not tracker.unfinished:
-            tracker.advance(buffer[0].record.offset)
-        ceiling = tracker.watermark + DISTANCE_MAX
-        while buffer and len(chunk) < CHUNK_RECORDS and buffer[0].record.offset < ceiling:
-            chunk.append(buffer.popleft())
-        self._too_distant = not chunk
-        tracker.track([entry.record.offset for entry in chunk])
+        while buffer and not chunk:
+            if not tracker.unfinished:
+                tracker.advance(buffer[0].record.offset)
+            ceiling = tracker.watermark + DISTANCE_MAX
+            while buffer and len(chunk) < CHUNK_RECORDS and buffer[0].record.offset < ceiling:
+                chunk.append(buffer.popleft())
+            self._too_distant = not chunk
+            if not chunk:
+                break
+            unfinished = tracker.track([entry.record.offset for entry in chunk])
+            if len(unfinished) < len(chunk):
+                self._skip_all_but(frozenset(unfinished))
         return chunk
+
+    def _skip_all_but(self, unfinished: frozenset[int]) -> None:
+        """Drop from the chunk what an earlier assignment has answered."""
+        chunk = self._chunk
+        skipped = [entry for entry in chunk if entry.record.offset not in unfinished]
+        kept = [entry for entry in chunk if entry.record.offset in unfinished]
+        chunk.clear()
+        chunk.extend(kept)
+        self._pipeline.budget.release(sum([entry.size for entry in skipped]))
+        self._skipped += len(skipped)
+        if not self._tracker.restored:
+            log.info(
+                "records finished before were skipped",
+                topic=self.topic,
+                partition=self.partition,
+                epoch=self.epoch,
+                skipped=self._skipped,
+            )
+        self._on_resolved(len(skipped))
 
     def _with_key(self, operation: Insert, record: Record) -> Insert:
         """Give a keyless insert the key that every replay of this record gives it."""
@@ -636,7 +674,7 @@ class Assignment:
             "paused_for": [*self.paused_for(), *shared_reasons],
             "oldest": self._oldest(),
             "last_commit_timestamp": self.committed_at,
-            "offset_map_bytes": None,
+            "offset_map_bytes": len(self.committed_map) if self.committed is not None else None,
         }
 
     def _oldest(self) -> OldestState | None:

@@ -125,11 +125,15 @@ class OffsetTracker:
         return len(self._unfinished)
 
     @property
+    def restored(self) -> int:
+        """How many offsets an earlier assignment has finished that were not delivered to this one, and still may be."""
+        return sum([last - first + 1 for first, last in self._restored])
+
+    @property
     def finished_above_gap(self) -> int:
         """How many finished offsets lie above the watermark: what the offset map keeps from running again."""
-        restored = sum([last - first + 1 for first, last in self._restored])
         delivered = sum([last - first + 1 for first, last in self._delivered_above_watermark()])
-        return restored + delivered - len(self._unfinished)
+        return self.restored + delivered - len(self._unfinished)
 
     @property
     def distance(self) -> int:

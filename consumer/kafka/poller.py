@@ -29,6 +29,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -45,11 +46,20 @@ from aiokafka.structs import OffsetAndMetadata
 
 from consumer.assignment import Assignment, Pipeline
 from consumer.commits import CommitPolicy, CommitSchedule
-from consumer.errors import AtCapacity
+from consumer.errors import AtCapacity, ConfigError
 from consumer.executor import StreamExecutor
-from consumer.kafka.topics import EARLIEST, LATEST, Cluster, ClusterRefusal, ClusterUnavailable
+from consumer.kafka.topics import (
+    EARLIEST,
+    LATEST,
+    Cluster,
+    ClusterRefusal,
+    ClusterUnavailable,
+    Committed,
+    Partition,
+)
 from consumer.log import get_logger
 from consumer.metrics import CommitOutcome, PartitionState, RebalanceOutcome
+from consumer.offset_map import CHARACTERS_MAX, Run, count, decode
 from consumer.permits import WindowExhausted, WindowPolicy, plan_windows
 
 Start: TypeAlias = Literal["earliest", "latest"]
@@ -78,6 +88,19 @@ _NOWHERE = TopicPartition("-", 0)
 """Polled when no partition wants records: keeps the member alive (H16b) without draining any partition's buffer."""
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StartPoint:
+    """Where reading begins in a partition."""
+
+    offset: int
+    committed: bool = False
+    """True where the group has committed this offset; else it was chosen."""
+    metadata: str = ""
+    """What stands beside that commit."""
+    finished: tuple[Run, ...] = ()
+    """What is finished above it."""
 
 
 class ClientDead(Exception):
@@ -421,7 +444,7 @@ class Poller(ConsumerRebalanceListener):
             del self._older_runs[partition]
             self._begin(partition, starts[partition])
 
-    def _begin(self, partition: TopicPartition, start: Start) -> None:
+    def _begin(self, partition: TopicPartition, start: StartPoint) -> None:
         assignment = self._assignments[partition]
         if start.committed:
             assignment.committed, assignment.committed_map = start.offset, start.metadata
@@ -463,7 +486,7 @@ class Poller(ConsumerRebalanceListener):
                     executors[partition] = pipeline.service.stream(ordering=pipeline.ordering, window=window)
         return executors
 
-    async def _starts(self, partitions: list[TopicPartition]) -> dict[TopicPartition, Start]:
+    async def _starts(self, partitions: list[TopicPartition]) -> dict[TopicPartition, StartPoint]:
         """Return for each partition where to start, and what is finished above.
 
         ``latest`` applies only to a topic of which the group has committed nothing at all: a partition without a commit
@@ -490,7 +513,7 @@ class Poller(ConsumerRebalanceListener):
                             and side == ("earliest" if partition.topic in known else self._start_at)
                         ]
                         found = await cluster.offsets(uncommitted, at) if uncommitted else {}
-                        chosen |= {partition: Start(found[partition]) for partition in uncommitted}
+                        chosen |= {partition: StartPoint(found[partition]) for partition in uncommitted}
                     return chosen
             except (ClusterUnavailable, ClusterRefusal) as error:
                 log.warning("start offsets unknown", error=str(error), failures=failures + 1)
@@ -499,14 +522,14 @@ class Poller(ConsumerRebalanceListener):
 
     async def _committed_starts(
         self, cluster: Cluster, commits: Mapping[TopicPartition, Committed]
-    ) -> dict[TopicPartition, Start]:
+    ) -> dict[TopicPartition, StartPoint]:
         """Read the offset maps of *commits*; one that is not to be believed has no effect, which is said aloud."""
         ends: dict[Partition, int] = {}
         with_map = [partition for partition, commit in commits.items() if commit.metadata]
         if with_map:
             with suppress(ClusterUnavailable):  # a partition without leader must not hold the others up
                 ends = await cluster.offsets(with_map, LATEST)
-        starts: dict[TopicPartition, Start] = {}
+        starts: dict[TopicPartition, StartPoint] = {}
         for partition, commit in commits.items():
             end = ends.get(partition)
             found = decode(
@@ -521,7 +544,7 @@ class Poller(ConsumerRebalanceListener):
             if reason not in {None, "absent"}:
                 self._pipeline.counts.offset_maps_dropped[str(reason)] += 1
                 log.warning("offset map not used: what it says is finished runs again", partition=name, reason=reason)
-            starts[partition] = Start(
+            starts[partition] = StartPoint(
                 commit.offset, committed=True, metadata=commit.metadata, finished=() if reason else found.finished
             )
         return starts
@@ -607,6 +630,7 @@ class Poller(ConsumerRebalanceListener):
         self, points: dict[TopicPartition, OffsetAndMetadata]
     ) -> dict[TopicPartition, OffsetAndMetadata]:
         """Commit *points*, without their maps where the broker takes none of that size; return what was committed."""
+        left_out = sum(1 for name, point in points.items() if not point.metadata and self._assignments[name].offset_map)
         try:
             await self._client.commit(points)
         except (OffsetMetadataTooLargeError, InvalidCommitOffsetSizeError) as error:
@@ -616,16 +640,12 @@ class Poller(ConsumerRebalanceListener):
             if self._map_characters_max == CHARACTERS_MAX:
                 log.warning("broker refuses offset maps: committing without", characters=longest, error=repr(error))
             self._map_characters_max = longest // 2  # so that few commits are refused until the limit is kept to
+            left_out += sum(1 for point in points.values() if point.metadata)
             points = {partition: OffsetAndMetadata(point.offset, "") for partition, point in points.items()}
             await self._client.commit(points)
-        without = sum(1 for partition, point in points.items() if not point.metadata and self._has_map(partition))
-        if without:
-            self._pipeline.counts.offset_maps_dropped["too_large"] += without
+        if left_out:
+            self._pipeline.counts.offset_maps_dropped["too_large"] += left_out
         return points
-
-    def _has_map(self, partition: TopicPartition) -> bool:
-        assignment = self._assignments.get(partition)
-        return assignment is not None and assignment.finished_above_gap > 0
 
     async def _advance_over_gaps(self) -> None:
         """Move idle partitions over offsets without records (control batches, aborted ones): only the client knows."""
