@@ -6,18 +6,29 @@ import asyncio
 import base64
 import gzip
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import wire
 from consumer import registry as module
+from consumer.assignment import Assignment, Owner, Pipeline
 from consumer.avro_schemas import OPERATION_FINGERPRINT, schema_text
+from consumer.budget import ByteBudget
+from consumer.codec import OperationDecoder
 from consumer.errors import ConfigError, DecodeError
+from consumer.metrics import Counts
 from consumer.registry import ANSWER_BYTES_MAX, SchemaRegistry
+from consumer.responses import Header
 from consumer.retry import RetryPolicy
-from registry_stub import Canned, RegistryStub, guid_of, json_of
+from consumer.service import StorageService
+from consumer.storage.memory import MemoryBackend
+from consumer.storage.tiered import TieredStorage
+from registry_stub import Canned, RegistryStub, by_id, guid_of, json_of
 
 AT_ONCE = RetryPolicy(initial_seconds=0.001, max_seconds=0.001, attempt_timeout_seconds=10.0)
 """Tests need not wait between attempts."""
@@ -533,3 +544,162 @@ class TestRegistering:
         del stub.canned["*"]
 
         assert await registering == 2
+
+
+@dataclass
+class FetchedRecord:
+    """A record as the poller hands it over."""
+
+    offset: int
+    value: bytes | None
+    timestamp: int = 0
+    key: bytes | None = None
+    headers: Sequence[Header] = ()
+
+
+class Written:
+    """An output lane that acknowledges nothing; what is written can be waited for."""
+
+    def __init__(self) -> None:
+        self.values: list[bytes | None] = []
+        self.owners: list[tuple[Owner, int]] = []
+        self._came = asyncio.Event()
+
+    def append(
+        self, key: bytes | None, value: bytes | None, headers: Sequence[Header], owner: Owner, token: int
+    ) -> None:
+        self.values.append(value)
+        self.owners.append((owner, token))
+        self._came.set()
+
+    async def wait(self, count: int) -> None:
+        """Wait until so many are written."""
+        while len(self.values) < count:
+            self._came.clear()
+            await self._came.wait()
+
+    def acknowledge(self) -> None:
+        """Acknowledge everything."""
+        for owner, token in self.owners:
+            owner.acknowledged([token])
+        self.owners.clear()
+
+
+class TestPartition:
+    """A partition at a record whose schema has to be asked for."""
+
+    BARE = wire.operation("head", "k")
+    FRAMED = by_id(1, BARE)
+
+    def assign(self, registry: SchemaRegistry, lane: Written, budget: ByteBudget) -> Assignment:
+        """A partition of its own service, opened at 0."""
+        service = StorageService(TieredStorage(MemoryBackend(), MemoryBackend()))
+
+        def failed(error: BaseException) -> None:
+            raise error
+
+        pipeline = Pipeline(
+            service=service,
+            decoder=OperationDecoder(resolver=registry),
+            budget=budget,
+            counts=Counts(),
+            response_lane=lambda _partition: lane,
+            dead_letter_lane=None,
+            cluster_id="c",
+            group_id="g",
+            ordering="key",
+            fraction=Fraction(1, 10),
+            copy_headers=frozenset(),
+            response_prefix=b"",
+            response_bytes_max=1_000_000,
+            dead_letter_bytes_max=1_000_000,
+            read_bytes=1_000_000,
+            derive_keys=True,
+            show_keys=False,
+            registry=registry,
+        )
+        assignment = Assignment(
+            pipeline,
+            "operations",
+            0,
+            epoch=1,
+            executor=service.stream(),
+            refill=lambda _assignment: None,
+            resolved=lambda _count: None,
+            failed=failed,
+            wanted=lambda: None,
+        )
+        assignment.begin(0)
+        return assignment
+
+    async def test_it_waits_with_its_reason_and_goes_on(self, stub: RegistryStub, make: Make) -> None:
+        """Contract 2.4 and 8: reason `registry`, never a failure; records before it are answered meanwhile."""
+        registry, lane, budget = make(), Written(), ByteBudget(1_000_000)
+        stub.canned["*"] = Canned(503)
+        assignment = self.assign(registry, lane, budget)
+
+        values = (self.BARE, self.FRAMED, self.BARE)
+        assignment.receive([FetchedRecord(offset, value) for offset, value in enumerate(values)])
+        await stub.wait_asked(2)
+        await lane.wait(1)
+
+        assert assignment.paused_for() == ["registry"]
+        assert len(lane.values) == 1
+        del stub.canned["*"]
+        await lane.wait(3)
+        assert assignment.paused_for() == []
+        lane.acknowledge()
+        assert assignment.watermark == 3
+        assert await assignment.drain(10)
+        assert budget.used == 0
+
+    async def test_it_drains_without_waiting_for_the_registry(self, stub: RegistryStub, make: Make) -> None:
+        """Contract 3: what is not answered is not committed, and all that it took is given back."""
+        registry, lane, budget = make(), Written(), ByteBudget(1_000_000)
+        stub.gate.clear()
+        assignment = self.assign(registry, lane, budget)
+        records = [FetchedRecord(offset, self.FRAMED) for offset in range(1000)]
+        assignment.receive(records)
+        await stub.wait_asked(1)
+
+        assert assignment.paused_for() == []  # nothing is known to be wrong
+        assert await assignment.drain(10)
+
+        assert (assignment.watermark, lane.values, budget.used) == (0, [], 0)
+        assert not registry.waiting
+
+    async def test_it_can_be_abandoned_while_it_asks(self, stub: RegistryStub, make: Make) -> None:
+        registry, lane, budget = make(), Written(), ByteBudget(1_000_000)
+        stub.canned["*"] = Canned(503)
+        assignment = self.assign(registry, lane, budget)
+        assignment.receive([FetchedRecord(0, self.FRAMED), FetchedRecord(1, self.BARE)])
+        await stub.wait_asked(2)
+
+        assert await assignment.abandon() is None
+
+        assert (assignment.watermark, lane.values, budget.used) == (0, [], 0)
+        assert not registry.waiting
+
+    async def test_a_waiting_partition_keeps_its_window(self, stub: RegistryStub, make: Make) -> None:
+        """Contract 4: only an idle one is passed on; nothing would come of it here."""
+        registry, lane = make(), Written()
+        stub.gate.clear()
+        assignment = self.assign(registry, lane, ByteBudget(1_000_000))
+        assignment.receive([FetchedRecord(0, self.FRAMED)])
+        await stub.wait_asked(1)
+        assignment._idle_since -= 60
+
+        assert not assignment.idle
+        assert await assignment.drain(10)
+
+    async def test_records_too_large_are_answered_without_asking(self, stub: RegistryStub, make: Make) -> None:
+        """Contract 2.2: over `limits.record_bytes` nothing is read, so nothing is asked."""
+        registry, lane = make(), Written()
+        assignment = self.assign(registry, lane, ByteBudget(100_000_000))
+
+        assignment.receive([FetchedRecord(0, self.FRAMED + bytes(8 * 1024 * 1024))])
+        await lane.wait(1)
+
+        assert stub.asked == []
+        lane.acknowledge()
+        assert await assignment.drain(10)
