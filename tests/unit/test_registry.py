@@ -554,7 +554,7 @@ class FetchedRecord:
     value: bytes | None
     timestamp: int = 0
     key: bytes | None = None
-    headers: Sequence[Header] = ()
+    headers: Sequence[tuple[str, bytes]] = ()
 
 
 class Written:
