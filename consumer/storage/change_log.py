@@ -23,7 +23,8 @@ revision too many: the new one if the swap failed, the old one if it succeeded. 
 2. Remove the old revision if it is not current, the new one if it is not current, then the entry.
    * Error at any step: wait (100 ms, times 1.5, at most 30 s), begin again at 1 (LOG-9). Every step is idempotent.
 
-**Recover** (in the background from construction inside a running loop, else from the first use; LOG-5, LOG-6)
+**Recover** (in the background from construction inside a running loop, else from the first use, and again every
+:data:`RECOVERY_SECONDS` until a join; LOG-5, LOG-6)
 
 1. Claim what dead owners, and this owner before its restart, have left. Error: as above.
 2. Clean up one entry after the other, as *recovered*. One that fails goes on by itself, as a task like those above.
@@ -53,6 +54,8 @@ from consumer.log import get_logger
 from consumer.storage.backend import Change, ChangeLog, HighVolumeBackend, LongTermBackend, Revision, Tombstone
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from consumer.metrics import Counts
 
 log = get_logger(__name__)
@@ -71,6 +74,10 @@ JOIN_SECONDS = 10.0
 
 JOIN_ATTEMPTS = 3
 """Attempts of one clean-up during a join: two more than a passing fault needs."""
+
+RECOVERY_SECONDS = 30.0
+"""Between two recoveries. Once is not enough: a process that is killed and restarted at once, under a new owner name,
+comes before the old lease (30 s) is over. With this its orphans go within a minute."""
 
 CANCEL_SECONDS = 1.0
 """How long a join waits for the clean-ups it has cancelled: a backend in a thread answers late, a loop turn is enough
@@ -169,6 +176,9 @@ class Changes:
         self._delay = delay
         self._join_seconds = join_seconds
         self._tasks: set[asyncio.Task[None]] = set()
+        self._recovering: set[UUID] = set()
+        """Entries of others that are cleaned up by a task already: another recovery leaves them to it."""
+        self._next_recovery: asyncio.TimerHandle | None = None
         self._working = asyncio.Semaphore(ATTEMPTS_AT_ONCE)
         self._joining = asyncio.Event()
 
@@ -178,10 +188,10 @@ class Changes:
         return len(self._tasks)
 
     def start(self) -> None:
-        """Start recovery in the background, once; needs a running loop."""
+        """Start recovery in the background, now and every :data:`RECOVERY_SECONDS`; needs a running loop."""
         if not self.started:
             self.started = True
-            self._own(self.recover, "recovery of the change log")
+            self._recover_now()
 
     def record(self, change: Change) -> ChangeGuard:
         """Return the guard of *change*: ``async with changes.record(change) as guard``.
@@ -197,8 +207,11 @@ class Changes:
         """
         if len(self._tasks) >= PENDING_MAX:
             log.warning("too many clean-ups pending, entry left to the next start", change_id=str(change.change_id))
-        else:
-            self._own(lambda: self._settle(change, phase), "clean-up of a change", failed)
+            return
+        task = self._own(lambda: self._settle(change, phase), "clean-up of a change", failed)
+        if phase is ChangePhase.RECOVERED and task is not None:
+            self._recovering.add(change.change_id)
+            task.add_done_callback(lambda _task: self._recovering.discard(change.change_id))
 
     async def recover(self) -> int:
         """Clean up now what dead owners have left, one entry at a time; return the number of entries met.
@@ -209,7 +222,7 @@ class Changes:
 
         Cancellation: entries not yet reached stay in the log.
         """
-        entries = await self.log.recoverable()
+        entries = [change for change in await self.log.recoverable() if change.change_id not in self._recovering]
         for change in entries:
             try:
                 await self._settle(change, ChangePhase.RECOVERED)
@@ -223,8 +236,12 @@ class Changes:
     async def join(self) -> None:
         """Wait for recovery and all clean-ups, those that begin meanwhile included; may be called again.
 
-        Returns after at most ``join_seconds`` and :data:`CANCEL_SECONDS`; what is left stays in the log.
+        Begins recovery where nothing has yet, and ends its repetition. Returns after at most ``join_seconds`` and
+        :data:`CANCEL_SECONDS`; what is left stays in the log.
         """
+        self.start()
+        if self._next_recovery is not None:
+            self._next_recovery.cancel()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._join_seconds
         self._joining.set()
@@ -239,17 +256,29 @@ class Changes:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=CANCEL_SECONDS)
 
-    def _own(self, work: Callable[[], Coroutine[None, None, object]], name: str, failed: int = 0) -> None:
-        """Try *work* in a task of our own until it succeeds."""
+    def _recover_now(self) -> None:
+        task = self._own(self.recover, "recovery of the change log")
+        if task is not None:
+            task.add_done_callback(self._recover_later)
+
+    def _recover_later(self, recovery: asyncio.Task[None]) -> None:
+        if not self._joining.is_set() and not recovery.cancelled():
+            self._next_recovery = recovery.get_loop().call_later(RECOVERY_SECONDS, self._recover_now)
+
+    def _own(
+        self, work: Callable[[], Coroutine[None, None, object]], name: str, failed: int = 0
+    ) -> asyncio.Task[None] | None:
+        """Try *work* in a task of our own until it succeeds; None where there is no loop to run it."""
         trying = self._until_it_succeeds(work, name, failed)
         try:
             task = asyncio.get_running_loop().create_task(trying, name=name)
         except RuntimeError:
             trying.close()
             log.error("no event loop to run in, left to the next start", what=name)  # noqa: TRY400 - the error says no more
-            return
+            return None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _until_it_succeeds(
         self, work: Callable[[], Coroutine[None, None, object]], name: str, failed: int

@@ -79,6 +79,12 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
+async def until_idle() -> None:
+    """Let the loop turn often enough for anything that waits for no time to happen."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
 class TestWhichRevisionStays:
     """LOG-8: what is not current is removed, then the entry."""
 
@@ -532,6 +538,42 @@ class TestRecovery:
 
         assert changes.pending == 1
         await changes.join()
+
+    async def test_is_repeated_until_a_join(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An owner that dies later, or whose lease was not over at the start, is recovered too."""
+        monkeypatch.setattr(change_log, "RECOVERY_SECONDS", 0.0)
+        log = InheritedChanges([])
+        changes, *_ = make(log=log)
+        changes.start()
+        await until(lambda: changes.pending == 0)
+        left = change()
+        log.inherited[left.change_id] = log._changes[left.change_id] = left
+
+        await until(lambda: not log._changes)
+
+        await changes.join()
+        log.inherited[left.change_id] = log._changes[left.change_id] = left
+        await until_idle()
+        assert log._changes
+
+    async def test_join_begins_it_where_nothing_has_yet(self) -> None:
+        """LOG-6: made outside of a loop and never used."""
+        changes, *_, log = make(log=InheritedChanges([change()]))
+
+        await changes.join()
+
+        assert await log.count() == 0
+
+    async def test_an_entry_that_keeps_failing_has_one_task_however_often_recovery_meets_it(self) -> None:
+        long_term = FailingDeletion()
+        changes, *_, log = make(long_term=long_term, log=InheritedChanges([change()]))
+        assert await changes.recover() == 1
+        assert await changes.recover() == 0
+        assert changes.pending == 1
+
+        long_term.repair()
+        await changes.join()
+        assert await log.count() == 0
 
     async def test_removed_orphans_are_counted_and_routine_is_not(self) -> None:
         counts = Counts()
