@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from consumer.cli import development, ledger, records, service
+from consumer.cli import development, inspection, ledger, records, service
 from consumer.cli.output import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, complain
 from consumer.errors import ConfigError, TierstreamError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 service.register(app)
 records.register(app)
+inspection.register(app)
 ledger.register(app)
 development.register(app)
 

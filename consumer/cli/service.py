@@ -103,8 +103,10 @@ def admin_address(url: str | None, config: Path | None) -> str:
     return f"http://[{host}]:{admin.port}" if ":" in host else f"http://{host}:{admin.port}"
 
 
-def fetch(address: str, seconds: float = HEALTH_SECONDS) -> tuple[int, bytes]:
-    """GET *address* directly, whatever proxy the environment names; return status and body.
+def fetch(
+    address: str, seconds: float = HEALTH_SECONDS, bytes_max: int = ANSWER_BYTES_MAX
+) -> tuple[int, bytes]:
+    """GET *address* directly, whatever proxy the environment names; return status and at most *bytes_max* of the body.
 
     Raises:
         OSError: no answer within *seconds*.
@@ -112,10 +114,10 @@ def fetch(address: str, seconds: float = HEALTH_SECONDS) -> tuple[int, bytes]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(address, timeout=seconds) as answer:
-            return answer.status, answer.read(ANSWER_BYTES_MAX)
+            return answer.status, answer.read(bytes_max)
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, error.read(ANSWER_BYTES_MAX)
+            return error.code, error.read(bytes_max)
     except ValueError as error:  # no address at all, or no HTTP
         raise OSError(str(error)) from error
 

@@ -352,6 +352,26 @@ async def read_until(reader: AIOKafkaConsumer, ends: Mapping[TopicPartition, int
             raise ClusterUnavailable(f"no records for {SILENCE_SECONDS:g} s from {names}, which have not ended")
 
 
+async def record_at(config: Config, topic: str, partition: int, offset: int) -> Record:
+    """Return one record, also of an open or aborted transaction.
+
+    Raises:
+        ClusterUnavailable: no broker answers, or not in time.
+        ClusterRefusal: there is no such record; the text says what there is.
+    """
+    where = f"{topic}/{partition}"
+    async with open_reader(config, topic, partition, committed_only=False) as (reader, (place,), first, ends):
+        if first[place] >= ends[place]:
+            raise ClusterRefusal(f"there are no records in {where}")
+        if not first[place] <= offset < ends[place]:
+            raise ClusterRefusal(f"{where} has offsets {first[place]} to {ends[place] - 1}, not {offset}")
+        reader.seek(place, offset)
+        async for record in read_until(reader, {place: offset + 1}):
+            if record.offset == offset:
+                return record
+    raise ClusterRefusal(f"there is no record at {where}/{offset}: a transaction's end, or removed by compaction")
+
+
 async def _behind(
     reader: AIOKafkaConsumer, partitions: Iterable[TopicPartition], ends: Mapping[TopicPartition, int]
 ) -> list[TopicPartition]:

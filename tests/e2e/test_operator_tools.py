@@ -342,3 +342,71 @@ class TestReplay:
 
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"error: topic {desk.dead} has partitions 0 to 1, not 7\n")
+
+
+class TestInspect:
+    """`inspect`."""
+
+    def test_any_record_of_any_topic_can_be_looked_at(self, desk: Desk) -> None:
+        """Contract 7: an operation, a response, and what is neither."""
+        headers: Headers = [("a", b"1"), ("a", None)]
+        desk.put(desk.operations, operation("insert", "k", b"payload"), key=b"key", headers=headers)
+        desk.put(desk.operations, b"nonsense")
+        desk.respond(0, "delete", "k", ("Deleted", {}), 204)
+
+        first = desk.json("inspect", desk.operations, "0", "0")
+        second = desk.json("inspect", desk.operations, "0", "1")
+        response = desk.json("inspect", desk.responses, "0", "0")
+
+        assert (first["topic"], first["partition"], first["offset"]) == (desk.operations, 0, 0)
+        assert (first["key_base64"], first["headers"]) == ("a2V5", [["a", "1"], ["a", None]])
+        assert abs(first["timestamp"] / 1000 - time.time()) < 600
+        assert first["operation"]["body"]["key"] == "k"
+        assert second["error"]["code"] == "decode_error"
+        assert response["response"]["status"] == 204
+
+    def test_a_place_without_a_record_is_exit_1_with_what_there_is(self, desk: Desk) -> None:
+        """Contract 11: not a wait for ever."""
+        desk.put(desk.operations, b"only")
+
+        beyond, empty = desk.run("inspect", desk.operations, "0", "1"), desk.run("inspect", desk.operations, "1", "0")
+
+        assert (beyond.returncode, empty.returncode) == (1, 1)
+        assert beyond.stderr == f"error: {desk.operations}/0 has offsets 0 to 0, not 1\n"
+        assert empty.stderr == f"error: there are no records in {desk.operations}/1\n"
+
+    def test_a_transactions_end_is_no_record(self, desk: Desk) -> None:
+        """H9b; what was aborted can be looked at all the same."""
+        producer = Producer(
+            {"bootstrap.servers": desk.broker.bootstrap, "transactional.id": desk.dead, "log_level": 0}
+        )
+        producer.init_transactions(20)
+        producer.begin_transaction()
+        producer.produce(desk.operations, b"aborted", partition=0)
+        producer.flush(20)
+        producer.abort_transaction(20)
+        desk.put(desk.operations, b"after")
+
+        assert desk.json("inspect", desk.operations, "0", "0")["error"]["code"] == "decode_error"
+        marker = desk.run("inspect", desk.operations, "0", "1")
+        assert marker.returncode == 1
+        assert "no record at" in marker.stderr
+
+
+class TestRunningService:
+    """`why` and `top` on a real service."""
+
+    def test_they_speak_of_its_partitions(self, stage: Stage) -> None:
+        """Contract 7, 8: the state is really of that shape."""
+        stage.ledger.operate("head", "k")
+        stage.ledger.wait_answered()
+        address = stage.processes[-1].admin
+
+        why = command_line("why", "--url", address, "--json", cwd=stage.folder)
+        top = command_line("top", "--url", address, cwd=stage.folder)
+        rows = json.loads(why.stdout)
+
+        assert {(row["topic"], row["partition"]) for row in rows} == {(stage.ledger.input, number) for number in (0, 1)}
+        assert all(row["words"].startswith(f"partition {row['topic']}/{row['partition']} ") for row in rows)
+        assert top.stdout.startswith("tierstream running")
+        assert top.stdout.count(f"{stage.ledger.input}/") == 2
