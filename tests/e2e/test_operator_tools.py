@@ -29,6 +29,7 @@ class Desk:
     def __init__(self, broker: Broker, folder: Path, partitions: int = 2) -> None:
         self.broker = broker
         self.folder = folder
+        self.partitions = partitions
         self.operations = broker.create_topic("operations", partitions)
         self.responses = broker.create_topic("responses", partitions)
         self.dead = broker.create_topic("dead", partitions)
@@ -83,12 +84,23 @@ class Desk:
         identity = f"{self.operations}/0/{offset}".encode()
         self.put(self.responses, datum("response", response | more), headers=[("tierstream-response-id", identity)])
 
+    def reader(self) -> Consumer:
+        """Make a client that reads."""
+        settings: dict[str, Any] = {"group.id": "none", "enable.auto.commit": False, "log_level": 0}
+        return Consumer(settings | {"bootstrap.servers": self.broker.bootstrap})
+
+    def ends(self, topic: str) -> list[int]:
+        """Return the high watermark of each partition."""
+        reader = self.reader()
+        places = [TopicPartition(topic, number) for number in range(self.partitions)]
+        ends = [reader.get_watermark_offsets(place, timeout=20)[1] for place in places]
+        reader.close()
+        return ends
+
     def records(self, topic: str, count: int) -> list[Any]:
         """Read the first *count* records by another client."""
-        settings: dict[str, Any] = {"group.id": "none", "enable.auto.commit": False, "log_level": 0}
-        reader = Consumer(settings | {"bootstrap.servers": self.broker.bootstrap})
-        partitions = len(self.broker.admin.list_topics(timeout=20).topics[topic].partitions)
-        reader.assign([TopicPartition(topic, number, 0) for number in range(partitions)])
+        reader = self.reader()
+        reader.assign([TopicPartition(topic, number, 0) for number in range(self.partitions)])
         found: list[Any] = []
 
         def complete() -> bool:
@@ -309,13 +321,7 @@ class TestReplay:
 
         assert (done.returncode, done.stdout) == (0, "1 records would be put back\n")
         assert f"{desk.dead}/0/0 to {desk.operations}, partition 1: " in done.stderr
-        low_and_high = [
-            Consumer({"bootstrap.servers": desk.broker.bootstrap, "group.id": "none"}).get_watermark_offsets(
-                TopicPartition(desk.operations, number), timeout=20
-            )
-            for number in range(2)
-        ]
-        assert low_and_high == [(0, 0), (0, 0)]
+        assert desk.ends(desk.operations) == [0, 0]
 
     def test_without_yes_and_without_a_terminal_nothing_happens(self, desk: Desk) -> None:
         """Exit 2, and how to go on."""
@@ -385,6 +391,8 @@ class TestInspect:
         producer.produce(desk.operations, b"aborted", partition=0)
         producer.flush(20)
         producer.abort_transaction(20)
+        # The broker answers before it writes the marker.
+        wait_until(lambda: desk.ends(desk.operations) == [2, 0], 20, "the transaction's marker")
         desk.put(desk.operations, b"after")
 
         assert desk.json("inspect", desk.operations, "0", "0")["error"]["code"] == "decode_error"
