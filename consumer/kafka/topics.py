@@ -21,21 +21,24 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import (
     GroupIdNotFound,
+    IllegalGenerationError,
     KafkaError,
     NoError,
     TopicAlreadyExistsError,
     UnknownError,
+    UnknownMemberIdError,
     UnknownTopicOrPartitionError,
     for_code,
 )
 from aiokafka.protocol.admin import CreateTopicsRequest, DescribeConfigsRequest, DescribeGroupsRequest
-from aiokafka.protocol.commit import OffsetFetchRequest
+from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
 from aiokafka.protocol.coordination import FindCoordinatorRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.offset import OffsetRequest
@@ -247,6 +250,18 @@ class Cluster:
             asked = list(by_topic.items())
         return await self._persistently(f"commits of group {group}", lambda: self._committed(group, asked))
 
+    async def commit(self, group: str, commits: Mapping[Partition, Committed]) -> None:
+        """Commit for *group* from outside; only a group without members takes that.
+
+        Raises:
+            ClusterUnavailable: no answer in time; may have been done.
+            ClusterRefusal: the group has members, or not authorised; some partitions may have been committed.
+        """
+        by_topic: dict[str, list[tuple[int, int, str]]] = {}
+        for (topic, partition), commit in sorted(commits.items(), key=itemgetter(0)):
+            by_topic.setdefault(topic, []).append((partition, commit.offset, commit.metadata))
+        await self._persistently(f"commit of group {group}", lambda: self._commit(group, list(by_topic.items())))
+
     async def group(self, group: str) -> GroupState:
         """Return state and number of members of *group*.
 
@@ -335,6 +350,21 @@ class Cluster:
                     place = topic["topic"], int(entry["partition"])
                     found[place] = Committed(int(entry["offset"]), entry["metadata"] or "")
         return found
+
+    async def _commit(self, group: str, asked: list[tuple[str, list[tuple[int, int, str]]]]) -> None:
+        request = OffsetCommitRequest(
+            group,
+            OffsetCommitRequest.DEFAULT_GENERATION_ID,
+            "",
+            OffsetCommitRequest.DEFAULT_RETENTION_TIME,
+            asked,
+        )
+        answer = await self._ask(request, node=await self._coordinator(group))
+        for topic in answer["topics"]:
+            for entry in topic["partitions"]:
+                if for_code(entry["error_code"]) in {UnknownMemberIdError, IllegalGenerationError}:
+                    raise ClusterRefusal(f"group {group} has members")
+                _raise_for(entry["error_code"], f"commit of {topic['topic']}/{entry['partition']}")
 
     async def _group(self, group: str) -> GroupState:
         request = DescribeGroupsRequest([group], include_authorized_operations=False)
