@@ -1,14 +1,14 @@
 """One operation, applied to storage: checked, executed, answered.
 
-1. **Check.** Metadata of an insert, the object id (context, key, path length), the size of the payload. A rule that is
-   broken is ``InvalidMetadata``, ``InvalidOperation`` or ``TooLarge``, and storage is never reached.
+1. **Check.** Metadata of an insert, the object id (context, key, path length), the size of an inline payload. A rule
+   that is broken is ``InvalidMetadata``, ``InvalidOperation`` or ``TooLarge``, and storage is never reached.
 2. **Execute** with the one storage call that belongs to the kind: insert → put, get → get, head → head,
    delete → delete (EXE-18). An insert without a key has been given a random one (:func:`with_key`, OP-12); a payload
    given by reference is opened first.
 3. **Answer.** A missing object is a success with nothing in it (OP-8). A failure is raised.
 4. **Too late.** An attempt that runs into its time limit is cancelled and *waited for*: only when it has really ended
-   it counts as failed, with ``OperationTimeout``; if it ends with a response after all, that is the answer. The limit
-   is armed when an attempt first suspends, so one that does not suspend has no timer.
+   it counts as failed, with ``OperationTimeout``; if it ends with a response after all, that is the answer. A
+   stream arms the limit when an operation first suspends, so one that does not suspend has no timer.
 5. **Again**, with a retry policy only, and only where the error says it is retriable: after a jittered wait, with the
    same key and a payload that is opened anew. Attempts used up: ``answer`` raises the last error; ``block`` goes on for
    ever at the longest wait, and says so to ``on_blocked`` until no operation is blocked any more.
@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 from uuid import uuid4
@@ -96,6 +96,7 @@ class References(Protocol):
 
         Raises:
             ReferenceFailure: outside the allowed prefixes, missing, or not of the size or checksum given.
+            TooLarge: larger than an object may be.
         """
         ...
 
@@ -123,7 +124,8 @@ class Handler:
         retry: None makes a single attempt, without a time limit.
         on_blocked: Called with True when the first operation has used up its attempts and goes on trying, with False
             when none does any more. Must not raise.
-        object_bytes_max: Largest payload of an insert, in bytes; None = no limit.
+        object_bytes_max: Largest payload of an insert, in bytes; None = no limit. What is opened by *references* is
+            theirs to limit.
         sleep: Waits a number of seconds.
         jitter: Draws evenly from 0 to 1.
     """
@@ -176,7 +178,8 @@ class Handler:
                 metadata.validate()
                 object_id = ObjectId(context, key or "")
                 if isinstance(payload, bytes):
-                    self._check_size(len(payload))
+                    if self._object_bytes_max is not None and len(payload) > self._object_bytes_max:
+                        raise TooLarge(f"an object has at most {self._object_bytes_max} bytes")
                     return Inserted(object_id, await self._storage.put(object_id, metadata, payload))
                 return Inserted(object_id, await self._put_by_reference(object_id, metadata, payload))
             case Get():
@@ -252,34 +255,18 @@ class Handler:
                 raise
             raise OperationTimeout(f"no answer from storage within {seconds:g} seconds") from error
 
-    def _check_size(self, size: int) -> None:
-        if self._object_bytes_max is not None and size > self._object_bytes_max:
-            raise TooLarge(f"an object has at most {self._object_bytes_max} bytes")
-
     async def _put_by_reference(self, object_id: ObjectId, metadata: Metadata, reference: object) -> Metadata:
         if not isinstance(reference, PayloadReference):
             raise InvalidOperation("a payload is bytes or a reference")
         if self._references is None:
             raise ReferenceFailure("payload references are not allowed", code="reference_denied")
-        self._check_size(reference.size or 0)
         payload = await self._references.open(reference)
         try:
-            if isinstance(payload, bytes):
-                self._check_size(len(payload))
-                return await self._storage.put(object_id, metadata, payload)
-            return await self._storage.put(object_id, metadata, self._bounded(payload))
+            return await self._storage.put(object_id, metadata, payload)
         finally:
             aclose = getattr(payload, "aclose", None)
             if aclose is not None:
                 await aclose()
-
-    async def _bounded(self, chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-        """Pass *chunks* on as long as they are not too large together."""
-        size = 0
-        async for chunk in chunks:
-            size += len(chunk)
-            self._check_size(size)
-            yield chunk
 
     @contextlib.contextmanager
     def _blocking(self, operation: Operation, failed: TierstreamError, progress: Progress) -> Iterator[None]:

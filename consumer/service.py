@@ -52,7 +52,7 @@ class StorageService:
         retry: None makes a single attempt at each operation, without a time limit.
         on_blocked: As for :class:`~consumer.handler.Handler`.
         counts: Where operations are counted; None counts nothing.
-        object_bytes_max: Largest payload of an insert, in bytes; None = no limit.
+        object_bytes_max: As for :class:`~consumer.handler.Handler`.
     """
 
     def __init__(
