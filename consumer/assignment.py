@@ -176,7 +176,8 @@ class Assignment:
         refill: Called with this assignment when its buffer runs low, or its window came, and fetching may go on.
         resolved: Called with the number of records that became finished.
         failed: Called with the exception that ended this assignment: a defect; the process has to end.
-        wanted: Called when this assignment has to wait for permits, so that an idle window can be passed on.
+        wanted: Called with this assignment while it has to wait for permits, so that an idle window can be passed on.
+        freed: Called when this assignment has given its window up, so that somebody who waits can have it.
     """
 
     def __init__(
@@ -190,7 +191,8 @@ class Assignment:
         refill: Callable[[Assignment], None],
         resolved: Callable[[int], None],
         failed: Callable[[BaseException], None],
-        wanted: Callable[[], None],
+        wanted: Callable[[Assignment], None],
+        freed: Callable[[], None],
     ) -> None:
         self.topic = topic
         self.partition = partition
@@ -219,6 +221,7 @@ class Assignment:
         self._refill = refill
         self._on_resolved = resolved
         self._wanted = wanted
+        self._freed = freed
         self._encoder = ResponseEncoder(topic, partition, prefix=pipeline.response_prefix)
         self._headers = ResponseHeaders(topic, partition, pipeline.copy_headers, compacted=pipeline.compacted)
         self._lane = pipeline.response_lane(partition)
@@ -257,6 +260,7 @@ class Assignment:
         """
         self._tracker = OffsetTracker(start, finished)
         self.cursor = start
+        self._idle_since = time.monotonic()
         self.open = self.begun = True
         self._refill(self)
 
@@ -328,8 +332,9 @@ class Assignment:
 
     async def _run(self) -> None:
         """One execution after another, each under its own reservation; usually a single one."""
+        patience = RESERVE_BACKOFF_SECONDS
         while not self._ending:
-            executor = self._executor or await self._reserve()
+            executor = self._executor or await self._reserve(patience)
             if executor is None:
                 break
             outcomes = executor.execute(self._inputs())
@@ -343,6 +348,8 @@ class Assignment:
                 self._giving_up = False
                 self.waiting_since = time.monotonic()
                 log.info("idle window passed on", topic=self.topic, partition=self.partition, epoch=self.epoch)
+                patience = RESERVE_BACKOFF_SECONDS_MAX  # not the first to take it again
+                self._freed()
         if self._executor is not None:
             await self._executor.aclose()
             self._executor = None
@@ -352,16 +359,22 @@ class Assignment:
         self.waiting_since = time.monotonic()
         self._pipeline.counts.reservations["at_capacity"] += 1
         log.warning("no permits for this partition", topic=self.topic, partition=self.partition, epoch=self.epoch)
-        self._wanted()
+        self._wanted(self)
 
-    async def _reserve(self) -> StreamExecutor | None:
-        """Wait for permits with backoff and jitter; None where the assignment ends first."""
-        longest = RESERVE_BACKOFF_SECONDS
+    def try_now(self) -> None:
+        """Permits have come back: where this assignment waits for some, it tries at once."""
+        if self.waiting_since is not None:
+            self._wake.set()
+
+    async def _reserve(self, longest: float) -> StreamExecutor | None:
+        """Wait for permits with jitter and backoff, *longest* at first; None where the assignment ends before."""
         while not self._ending:
             self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(0, longest)):  # noqa: S311 - jitter, not a secret
                     await self._wake.wait()
+            if self._ending:
+                break  # type: ignore[unreachable]  # it changes while this task is suspended
             longest = min(longest * 2, RESERVE_BACKOFF_SECONDS_MAX)
             try:
                 self._executor = self._pipeline.service.stream(
@@ -369,7 +382,7 @@ class Assignment:
                 )
             except AtCapacity:
                 self._pipeline.counts.reservations["at_capacity"] += 1
-                self._wanted()
+                self._wanted(self)
                 continue
             waited = time.monotonic() - (self.waiting_since or self._assigned_at)
             self._pipeline.counts.reserved(waited)
@@ -606,7 +619,7 @@ class Assignment:
         """Let go of what still runs: it keeps its own permits only, and its outcomes go nowhere.
 
         Returns:
-            The executor whose operations still run, None where none does.
+            The executor whose operations still run; None where none does.
         """
         self.close_gate()
         executor = self._executor
@@ -617,7 +630,11 @@ class Assignment:
             return None
         await executor.aclose()
         executor.shrink_to_running()
-        return executor if executor.in_flight else None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0):  # also what is about to start counts, which `in_flight` does not
+                await executor.wait_finished()
+                return None
+        return executor
 
     def _forget_buffer(self) -> None:
         """Give back what unanswered records charge; the ones answered give it back when they are acknowledged."""
@@ -662,7 +679,7 @@ class Assignment:
             "topic": self.topic,
             "partition": self.partition,
             "epoch": self.epoch,
-            "window": executor.window if executor is not None else None,
+            "window": executor.window if executor is not None else 0 if self.waiting_since is not None else None,
             "in_flight": executor.in_flight if executor is not None else 0,
             "buffered": len(self._buffer),
             "position": tracker.position if known else None,
@@ -693,6 +710,10 @@ class Assignment:
         }
 
 
+DEAD_LETTER_HEADER = "tierstream-dlq-"
+"""What the names of a dead letter's own headers begin with."""
+
+_TRUNCATED: Header = (f"{DEAD_LETTER_HEADER}truncated", b"true")
 _RESPONSE_TOO_LARGE = TooLarge("the output topic takes no record of this size", code="response_too_large")
 
 
@@ -734,15 +755,19 @@ class _DeadLetterLane:
         self._assignment.dead_letter_acknowledged(tokens)
 
     def refused(self, token: int) -> None:
-        """The broker takes no record of this size: send it again without its value.
+        """The broker takes no record of this size: send it again without its value, then with our headers alone.
 
         Raises:
             RuntimeError: that was refused too; the topic takes no dead letters at all.
         """
         key, value, headers = self._sent[token]
         if value is None:
-            raise RuntimeError("the dead letter topic refuses a dead letter without a value")
-        headers = [*headers, ("tierstream-dlq-truncated", b"true")]
+            ours = [header for header in headers if header[0].startswith(DEAD_LETTER_HEADER)]
+            if key is None and len(ours) == len(headers):
+                raise RuntimeError("the dead letter topic refuses a dead letter of nothing but its own headers")
+            key, headers = None, ours
+        if _TRUNCATED not in headers:
+            headers = [*headers, _TRUNCATED]
         self._sent[token] = (key, None, headers)
         self._lane.append(key, None, headers, self, token)
 

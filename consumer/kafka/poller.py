@@ -30,6 +30,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -431,6 +432,7 @@ class Poller(ConsumerRebalanceListener):
                 resolved=self._resolved,
                 failed=self._fatal,
                 wanted=self._pass_on_a_window,
+                freed=self._window_freed,
             )
         self.rebalancing = False
         starts = await self._starts(partitions)
@@ -439,10 +441,12 @@ class Poller(ConsumerRebalanceListener):
         for partition in ready:
             self._begin(partition, starts[partition])
         self._commit_due.set()  # the chosen starts, at once
-        for partition in late:
-            await self._older_runs[partition].wait_finished()
-            del self._older_runs[partition]
-            self._begin(partition, starts[partition])
+        await asyncio.gather(*(self._begin_after_older_run(partition, starts[partition]) for partition in late))
+
+    async def _begin_after_older_run(self, partition: TopicPartition, start: StartPoint) -> None:
+        await self._older_runs[partition].wait_finished()
+        del self._older_runs[partition]
+        self._begin(partition, start)
 
     def _begin(self, partition: TopicPartition, start: StartPoint) -> None:
         assignment = self._assignments[partition]
@@ -549,8 +553,10 @@ class Poller(ConsumerRebalanceListener):
             )
         return starts
 
-    def _pass_on_a_window(self) -> None:
-        """Somebody waits for permits: ask one idle partition for its window."""
+    def _pass_on_a_window(self, wanting: Assignment) -> None:
+        """Ask one idle partition for its window, unless *wanting* has nothing to read."""
+        if wanting.lag == 0:
+            return
         for assignment in self._assignments.values():
             if assignment.idle:
                 partition = TopicPartition(assignment.topic, assignment.partition)
@@ -558,6 +564,14 @@ class Poller(ConsumerRebalanceListener):
                     self._stop_fetching(partition)
                 assignment.give_up_window()
                 return
+
+    def _window_freed(self) -> None:
+        """A window is back: who has something to read and has waited longest tries first."""
+        waiting = [
+            (one.lag == 0, since, one) for one in self._assignments.values() if (since := one.waiting_since) is not None
+        ]
+        if waiting:
+            min(waiting, key=itemgetter(0, 1))[2].try_now()
 
     # ------------------------------------------------------------------------------------------ commit
 
@@ -576,7 +590,7 @@ class Poller(ConsumerRebalanceListener):
                 async with asyncio.timeout(self._schedule.due_in(time.monotonic())):
                     await self._commit_due.wait()
             self._commit_due.clear()
-            self._schedule.committed(time.monotonic())  # before it: what is resolved during the commit waits for the next
+            self._schedule.committed(time.monotonic())  # what is resolved from now on waits for the next one
             await self._commit(COMMIT_TIMEOUT_SECONDS)
 
     async def _commit(self, timeout_seconds: float) -> CommitOutcome:

@@ -627,7 +627,8 @@ class TestPartition:
             refill=lambda _assignment: None,
             resolved=lambda _count: None,
             failed=failed,
-            wanted=lambda: None,
+            wanted=lambda _assignment: None,
+            freed=lambda: None,
         )
         assignment.begin(0)
         return assignment
