@@ -139,6 +139,10 @@ class Pipeline:
     show_keys: bool
     compacted: bool = False
     """True where the output topic is compacted: a null key is replaced by the response id."""
+
+    def lanes(self, partition: int) -> tuple[Lane, Lane | None]:
+        """Return the shared lanes for responses and dead letters of an input partition."""
+        return self.response_lane(partition), self.dead_letter_lane(partition) if self.dead_letter_lane else None
     registry: SchemaRegistry | None = None
     """The decoder's resolver, to be asked before a record with a schema it has not heard of is decoded."""
 
@@ -178,6 +182,7 @@ class Assignment:
         failed: Called with the exception that ended this assignment: a defect; the process has to end.
         wanted: Called with this assignment while it has to wait for permits, so that an idle window can be passed on.
         freed: Called when this assignment has given its window up, so that somebody who waits can have it.
+        lanes: Where responses and dead letters go; None = the lanes all assignments share.
     """
 
     def __init__(
@@ -193,6 +198,7 @@ class Assignment:
         failed: Callable[[BaseException], None],
         wanted: Callable[[Assignment], None],
         freed: Callable[[], None],
+        lanes: tuple[Lane, Lane | None] | None = None,
     ) -> None:
         self.topic = topic
         self.partition = partition
@@ -224,8 +230,8 @@ class Assignment:
         self._freed = freed
         self._encoder = ResponseEncoder(topic, partition, prefix=pipeline.response_prefix)
         self._headers = ResponseHeaders(topic, partition, pipeline.copy_headers, compacted=pipeline.compacted)
-        self._lane = pipeline.response_lane(partition)
-        self._dead_letters = _DeadLetterLane(self, pipeline) if pipeline.dead_letter_lane is not None else None
+        self._lane, dead_letters = lanes or pipeline.lanes(partition)
+        self._dead_letters = None if dead_letters is None else _DeadLetterLane(self, pipeline, dead_letters)
         self._counts = pipeline.counts.partition(topic, partition)
         self._tracker = OffsetTracker(0)
         self._buffer: deque[_Entry] = deque()
@@ -236,6 +242,9 @@ class Assignment:
         self._entries: dict[int, _Entry] = {}
         self._skipped = 0
         self._unacknowledged = 0
+        self._ahead: set[int] = set()
+        """Resolved for a transaction that is not committed yet."""
+        self._lost = False
         self._executor = executor
         self._ending = False
         self._giving_up = False
@@ -575,7 +584,11 @@ class Assignment:
     def _finish(self, offsets: Sequence[int], released: int) -> None:
         if not offsets:
             return
-        self._tracker.resolve(offsets)
+        if self._ahead:
+            self._tracker.resolve([offset for offset in offsets if offset not in self._ahead])
+            self._ahead.difference_update(offsets)
+        else:
+            self._tracker.resolve(offsets)
         self._unacknowledged -= len(offsets)
         self._pipeline.budget.release(released)
         self._idle_since = time.monotonic()
@@ -584,6 +597,28 @@ class Assignment:
         if not self._unacknowledged:
             self._settled.set()
         self._on_resolved(len(offsets))
+
+    # ------------------------------------------------------------------------------------------ in transactions
+
+    def settle(self, offsets: Sequence[int]) -> tuple[int, str]:
+        """Count *offsets* as finished; return the offset and map that may be committed with their responses.
+
+        Only for exactly-once, where nothing but the transaction that carries the responses commits offsets.
+        """
+        fresh = [offset for offset in dict.fromkeys(offsets) if offset not in self._ahead]
+        self._tracker.resolve(fresh)
+        self._ahead.update(fresh)
+        return self.watermark, self.offset_map
+
+    def transaction_committed(self, offset: int, metadata: str) -> None:
+        """The group's offset and map are these now."""
+        self.committed, self.committed_map, self.committed_at = offset, metadata, time.time()
+
+    def lose(self) -> None:
+        """The partition belongs to somebody else: nothing more will be acknowledged."""
+        self._lost = True
+        self.close_gate()
+        self._settled.set()
 
     # ------------------------------------------------------------------------------------------ the end
 
@@ -607,13 +642,13 @@ class Assignment:
         try:
             async with asyncio.timeout(timeout_seconds):
                 await asyncio.wait([self._task])
-                while self._unacknowledged:
+                while self._unacknowledged and not self._lost:
                     self._settled.clear()
                     await self._settled.wait()
         except TimeoutError:
             return False
         self._forget_buffer()
-        return True
+        return not self._lost
 
     async def abandon(self) -> StreamExecutor | None:
         """Let go of what still runs: it keeps its own permits only, and its outcomes go nowhere.
@@ -720,10 +755,9 @@ _RESPONSE_TOO_LARGE = TooLarge("the output topic takes no record of this size", 
 class _DeadLetterLane:
     """The dead letters of one assignment, on their own lane."""
 
-    def __init__(self, assignment: Assignment, pipeline: Pipeline) -> None:
-        assert pipeline.dead_letter_lane is not None
+    def __init__(self, assignment: Assignment, pipeline: Pipeline, lane: Lane) -> None:
         self._assignment = assignment
-        self._lane = pipeline.dead_letter_lane(assignment.partition)
+        self._lane = lane
         self._letters = DeadLetters(
             assignment.topic,
             assignment.partition,

@@ -273,7 +273,7 @@ class Publisher:
             await asyncio.wait(tasks, timeout=TEAR_DOWN_SECONDS)
         self._usable = None
         if self._owned is not None:
-            await _discard(self._owned, timeout_seconds)
+            await discard(self._owned, timeout_seconds)
             self._owned = None
 
     # ------------------------------------------------------------------------------------------ for lanes
@@ -354,7 +354,7 @@ class Publisher:
                 self._usable = producer
                 self._started.set()
                 await self._broken.wait()
-            await _discard(producer, DISCARD_TIMEOUT_SECONDS)
+            await discard(producer, DISCARD_TIMEOUT_SECONDS)
             self._owned = None
             if self._failures:
                 await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
@@ -374,7 +374,7 @@ def _size_at_most(key: bytes | None, value: bytes | None, headers: Headers) -> i
     return size + sum(4 * len(name) + len(content or b"") + 10 for name, content in headers)
 
 
-async def _discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
+async def discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
     """End a producer: by itself within *timeout_seconds*, else by force. Batches not written by then have failed.
 
     May be called again where it was cancelled, and for a producer that never started. ``stop`` can wait for ever

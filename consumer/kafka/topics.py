@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
@@ -124,6 +124,7 @@ class GroupState:
     state: str
     """``Stable``, ``Empty``, ``PreparingRebalance``, … ; ``Dead`` where there is no such group."""
     members: int
+    member_ids: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 class Cluster:
@@ -372,7 +373,8 @@ class Cluster:
         if for_code(described["error_code"]) is GroupIdNotFound:
             return GroupState("Dead", 0)
         _raise_for(described["error_code"], f"group {group}")
-        return GroupState(described["state"], len(described["members"]))
+        members = frozenset(str(member["member_id"]) for member in described["members"])
+        return GroupState(described["state"], len(members), members)
 
     async def _offsets(self, asked: list[Partition], at: int) -> dict[Partition, int]:
         topics = await self._topics(sorted({topic for topic, _ in asked}))

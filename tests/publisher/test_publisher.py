@@ -861,7 +861,7 @@ async def test_no_request_outlives_a_producer_that_was_ended_by_force(embedded: 
     requests = [asyncio.create_task(asyncio.Event().wait()) for _ in range(3)]
     routine.get_coro().cr_frame.f_locals["tasks"].update(requests)
 
-    await publisher_module._discard(producer, 0)
+    await publisher_module.discard(producer, 0)
 
     assert [request.cancelled() for request in requests] == [True] * 3
     assert routine.done()
@@ -883,7 +883,7 @@ async def test_a_batch_that_was_to_be_tried_again_fails_without_noise(own_broker
             await asyncio.sleep(0)
     accumulator.reenqueue(*accumulator._pending_batches)
 
-    await publisher_module._discard(producer, 0)
+    await publisher_module.discard(producer, 0)
     thaw(own_broker)
 
     with pytest.raises(KafkaError, match="thrown away"):

@@ -1,0 +1,354 @@
+"""Exactly-once: responses, dead letters and the input offset of one partition, together in Kafka transactions.
+
+One :class:`TransactionWriter` per owned input partition, with a producer of its own whose ``transactional.id`` is
+``GROUP/TOPIC/PARTITION``. Starting it fences whoever owned the partition before and ends what that left open, so it is
+started *before* the committed offset is read (hazard H22).
+
+1. What is appended gathers for the transaction interval, or until there is much of it.
+2. *One transaction*: begin; one batch after another for each output partition; every batch's future is awaited, because
+   a transaction commits although its sends have failed (H20); the offset and map that hold once these responses are
+   written; commit.
+3. Committed: owners hear that their records are acknowledged.
+4. *Anything else* (refused, fenced, no answer in time): the producer is thrown away, which ends its transaction. Before
+   a new one is started the group is asked whether this process is still a member: a member that was expelled while it
+   was frozen would otherwise fence the rightful owner, and write its own stale responses. No member: the partition is
+   *lost*, and what was not committed goes nowhere.
+5. With the new producer, the committed offset tells whether a commit without an answer took effect after all. If so:
+   step 3, else step 2 again with the same records.
+
+A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from itertools import groupby
+from operator import attrgetter
+from typing import Protocol
+
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from aiokafka.structs import OffsetAndMetadata
+
+from consumer.assignment import Owner
+from consumer.kafka.publisher import BACKOFF_SECONDS, DISCARD_TIMEOUT_SECONDS, discard
+from consumer.kafka.topics import ClusterRefusal, ClusterUnavailable
+from consumer.log import get_logger
+from consumer.responses import Header
+
+TRANSACTION_RECORDS_MAX = 5_000
+"""Records of one transaction: what is sent again after a failure."""
+
+STEP_TIMEOUT_SECONDS = 20.0
+"""One whole transaction, or one start of a producer. A step that takes longer than the broker's own time-out may have
+any outcome, and the producer is not to be used any more (H23)."""
+
+log = get_logger(__name__)
+
+
+class Lost(Exception):
+    """This process is no longer a member of the group: the partition belongs to somebody else."""
+
+
+class _Refused(Exception):
+    """The broker takes no record of this size."""
+
+    def __init__(self, item: _Item) -> None:
+        super().__init__(f"{len(item.value or b'')} bytes")
+        self.item = item
+
+
+class Source(Protocol):
+    """The assignment behind a writer."""
+
+    def settle(self, offsets: Sequence[int]) -> tuple[int, str]:
+        """Count *offsets* as finished; return the offset and map that may be committed with their responses."""
+
+    def transaction_committed(self, offset: int, metadata: str) -> None:
+        """The group's offset is *offset* now."""
+
+    def lose(self) -> None:
+        """The partition is lost: nothing more will be acknowledged."""
+
+
+class _Item:
+    """One encoded record on its way."""
+
+    __slots__ = ("headers", "key", "owner", "target", "token", "value")
+
+    def __init__(
+        self,
+        target: TopicPartition,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Sequence[Header],
+        owner: Owner,
+        token: int,
+    ) -> None:
+        self.target = target
+        self.key = key
+        self.value = value
+        self.headers = headers
+        self.owner = owner
+        self.token = token
+
+
+class _Lane:
+    """What goes to one output partition, in the same transactions as everything else of the writer."""
+
+    def __init__(self, writer: TransactionWriter, target: TopicPartition) -> None:
+        self._writer = writer
+        self._target = target
+
+    def append(
+        self, key: bytes | None, value: bytes | None, headers: Sequence[Header], owner: Owner, token: int
+    ) -> None:
+        """Hand one record in; *owner* hears of it by *token* when its transaction is committed."""
+        self._writer.append(_Item(self._target, key, value, headers, owner, token))
+
+
+class TransactionWriter:
+    """Owns the transactional producer of one input partition.
+
+    Args:
+        partition: The input partition.
+        group_id: The consumer group.
+        make_producer: Makes an unstarted transactional producer.
+        interval_seconds: How long responses gather.
+        is_member: Tells whether this process still belongs to the group.
+        committed: Reads what the group has committed for the partition: offset and metadata, None for nothing.
+        failed: Called with the exception that ended the writer: a defect.
+    """
+
+    def __init__(
+        self,
+        partition: TopicPartition,
+        *,
+        group_id: str,
+        make_producer: Callable[[], AIOKafkaProducer],
+        interval_seconds: float,
+        is_member: Callable[[], Awaitable[bool]],
+        committed: Callable[[], Awaitable[tuple[int, str] | None]],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._partition = partition
+        self._group_id = group_id
+        self._make_producer = make_producer
+        self._interval = interval_seconds
+        self._is_member = is_member
+        self._committed = committed
+        self._failed = failed
+        self._producer: AIOKafkaProducer | None = None
+        self._source: Source | None = None
+        self._pending: deque[_Item] = deque()
+        self._arrived = asyncio.Event()
+        self._offset_wanted = False
+        self._failures = 0
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def stuck(self) -> bool:
+        """True from a failure until the next committed transaction."""
+        return self._failures > 0
+
+    def lane(self, topic: str, partition: int) -> _Lane:
+        """Return where to append what goes to an output partition."""
+        return _Lane(self, TopicPartition(topic, partition))
+
+    def append(self, item: _Item) -> None:
+        """Take one record; never waits."""
+        self._pending.append(item)
+        self._arrived.set()
+
+    def commit_offset(self) -> None:
+        """Commit the offset though there is no response: it has moved over offsets that hold no record."""
+        self._offset_wanted = True
+        self._arrived.set()
+
+    async def start(self) -> None:
+        """Start the producer, and thereby fence the partition's former owner; tries until it works.
+
+        Cancellation: no producer is left behind.
+        """
+        while self._producer is None:
+            try:
+                self._producer = await self._started()
+            except (KafkaError, OSError, TimeoutError) as error:
+                self._failures += 1
+                log.warning("transactional producer cannot start", **self._where(), error=repr(error))
+                await self._back_off()
+        self._failures = 0
+
+    def begin(self, source: Source) -> None:
+        """Begin to write for *source*."""
+        self._source = source
+        self._task = asyncio.create_task(self._run(), name=f"transactions {self._partition}")
+        self._task.add_done_callback(self._ended)
+
+    async def stop(self) -> None:
+        """End at once; what is not committed is forgotten, an open transaction aborted by the next owner."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._throw_away()
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    async def _run(self) -> None:
+        assert self._source is not None
+        while True:
+            await self._gather()
+            items = self._take()
+            try:
+                await self._deliver(self._source, items)
+            except Lost:
+                log.warning("partition lost: no longer a member of the group", **self._where(), dropped=len(items))
+                self._source.lose()
+                return
+
+    async def _gather(self) -> None:
+        """Wait for something to write, then a little longer for more."""
+        await self._arrived.wait()
+        if len(self._pending) < TRANSACTION_RECORDS_MAX:
+            await asyncio.sleep(self._interval)
+        self._arrived.clear()
+
+    def _take(self) -> list[_Item]:
+        """Take what goes into one transaction: a record's dead letter and response are never apart."""
+        pending, items = self._pending, []
+        while pending and (len(items) < TRANSACTION_RECORDS_MAX or items[-1].token == pending[0].token):
+            items.append(pending.popleft())
+        if pending:
+            self._arrived.set()
+        return items
+
+    async def _deliver(self, source: Source, items: list[_Item]) -> None:
+        """Write *items* and the offset that goes with them, until they are committed.
+
+        Raises:
+            Lost: the partition belongs to somebody else; nothing of this was committed.
+        """
+        self._offset_wanted = False
+        while True:
+            offset, metadata = source.settle([item.token for item in items])
+            try:
+                await self._transact(items, offset, metadata)
+            except _Refused as error:
+                await self._replace(error)
+                self._hand_back(items, error.item)
+                continue
+            except (KafkaError, OSError, TimeoutError) as error:
+                await self._replace(error)
+                if await self._took_effect(offset, metadata):
+                    break
+                continue
+            break
+        self._failures = 0
+        source.transaction_committed(offset, metadata)
+        for owner, group in groupby(items, attrgetter("owner")):
+            owner.acknowledged([item.token for item in group])
+
+    async def _transact(self, items: list[_Item], offset: int, metadata: str) -> None:
+        """Run one transaction.
+
+        Raises:
+            _Refused: a record is too large for the broker; nothing was committed.
+            KafkaError, OSError, TimeoutError: it failed, or its outcome is unknown; the producer is done for.
+        """
+        producer = self._producer
+        assert producer is not None
+        async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
+            await producer.begin_transaction()
+            by_target: dict[TopicPartition, list[_Item]] = {}
+            for item in items:
+                by_target.setdefault(item.target, []).append(item)
+            await asyncio.gather(*(self._send(producer, target, group) for target, group in by_target.items()))
+            await producer.send_offsets_to_transaction(
+                {self._partition: OffsetAndMetadata(offset, metadata)}, self._group_id
+            )
+            await producer.commit_transaction()
+
+    @staticmethod
+    async def _send(producer: AIOKafkaProducer, target: TopicPartition, items: list[_Item]) -> None:
+        """Send one output partition's records in their order, one batch after the other."""
+        now = time.time_ns() // 1_000_000
+        at = 0
+        while at < len(items):
+            batch = producer.create_batch()
+            first = at
+            while at < len(items):
+                item = items[at]
+                if batch.append(timestamp=now, key=item.key, value=item.value, headers=item.headers) is None:
+                    break
+                at += 1
+            batch.close()
+            try:
+                await (await producer.send_batch(batch, target.topic, partition=target.partition))
+            except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
+                # Batches are half of a broker's default limit, so what is refused is the largest of this one.
+                raise _Refused(max(items[first:at], key=lambda one: len(one.value or b""))) from error
+
+    def _hand_back(self, items: list[_Item], refused: _Item) -> None:
+        """Give a refused record to its owner, and put what it appends instead in the record's place."""
+        waiting = len(self._pending)
+        refused.owner.refused(refused.token)
+        replacements = [self._pending.pop() for _ in range(len(self._pending) - waiting)]
+        at = items.index(refused)
+        items[at : at + 1] = reversed(replacements)
+
+    # ------------------------------------------------------------------------------------------ after a failure
+
+    async def _replace(self, error: BaseException) -> None:
+        """Throw the producer away and start another, if the partition is still ours.
+
+        Raises:
+            Lost: it is not.
+        """
+        self._failures += 1
+        log.warning("transaction failed", **self._where(), error=repr(error), failures=self._failures)
+        await self._throw_away()
+        while self._producer is None:
+            await self._back_off()
+            try:
+                if not await self._is_member():
+                    raise Lost
+                self._producer = await self._started()
+            except (KafkaError, OSError, TimeoutError, ClusterUnavailable, ClusterRefusal) as failure:
+                self._failures += 1
+                log.warning("transactional producer cannot start", **self._where(), error=repr(failure))
+
+    async def _took_effect(self, offset: int, metadata: str) -> bool:
+        """Tell whether a commit without an answer is in the group's offsets; asked until there is an answer."""
+        while True:
+            with suppress(ClusterUnavailable, ClusterRefusal):
+                return await self._committed() == (offset, metadata)
+            await self._back_off()
+
+    async def _started(self) -> AIOKafkaProducer:
+        producer = self._make_producer()
+        try:
+            async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
+                await producer.start()
+        except BaseException:
+            await discard(producer, 0)
+            raise
+        return producer
+
+    async def _throw_away(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await discard(producer, 0 if self._failures else DISCARD_TIMEOUT_SECONDS)
+
+    async def _back_off(self) -> None:
+        await asyncio.sleep(BACKOFF_SECONDS[min(self._failures - 1, len(BACKOFF_SECONDS) - 1)])
+
+    def _where(self) -> dict[str, object]:
+        return {"topic": self._partition.topic, "partition": self._partition.partition}
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed(error)
