@@ -39,10 +39,11 @@ from consumer.commits import CommitPolicy
 from consumer.config import RESPONSE_OVERHEAD_BYTES, Config
 from consumer.errors import BackendError, BackendUnavailable, ConfigError
 from consumer.ids import ObjectId
-from consumer.kafka.clients import make_consumer, make_producer
+from consumer.kafka.clients import TopicPartition, make_consumer, make_producer, make_transactional_producer
 from consumer.kafka.poller import Poller
 from consumer.kafka.publisher import Publisher
 from consumer.kafka.topics import Cluster, TopicPlan, inspect_topics
+from consumer.kafka.transactions import Transactions
 from consumer.log import configure as configure_log
 from consumer.log import get_logger
 from consumer.metrics import Counts, DebugState, EventLoopLag, new_registry, register
@@ -96,7 +97,6 @@ def check_available(config: Config) -> None:
         ConfigError: the text names every such setting.
     """
     asked = {
-        "delivery: exactly-once": config.delivery == "exactly-once",
         f"runtime.processes: {config.runtime.processes}": config.runtime.processes > 1,
         "references.in_responses: always": config.references.in_responses == "always",
     }
@@ -252,6 +252,7 @@ class App:
             output_stuck=lambda: publisher.stuck,
             storage_blocked=lambda: self._storage_blocked,
             fatal=self._failed,
+            transactions=_transactions(config, plan) if config.delivery == "exactly-once" else None,
         )
         await poller.start()
         self._not_started = None
@@ -441,6 +442,20 @@ class App:
 def _at_most(limit: int, topic_limit: int | None, overhead: int) -> int:
     """Return *limit*, lowered to what a topic takes beside *overhead*."""
     return limit if topic_limit is None else max(0, min(limit, topic_limit - overhead))
+
+
+def _transactions(config: Config, plan: TopicPlan) -> Transactions:
+    def target_in(topic: str, partitions: int, partition: int) -> TopicPartition:
+        return TopicPartition(topic, response_partition(partition, partitions))
+
+    dead_letters = config.dead_letter.topic
+    return Transactions(
+        group_id=config.kafka.group_id,
+        make_producer=partial(make_transactional_producer, config),
+        interval_seconds=config.commit.transaction_interval,
+        output=partial(target_in, config.output.topic, plan.output_partitions),
+        dead_letters=None if dead_letters is None else partial(target_in, dead_letters, plan.dead_letter_partitions),
+    )
 
 
 def _schema_registry(config: Config) -> SchemaRegistry | None:

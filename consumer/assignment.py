@@ -20,6 +20,8 @@ Outcomes that are not the ordinary one:
 * A schema id not heard of, and no answer from the registry: the partition waits at that record (``registry``).
 * A record that the offset map of the last commit says is finished: it is tracked and dropped, neither run nor answered.
 * A stuck record: reading stops ``DISTANCE_MAX`` offsets above it (``offset_distance``).
+* Too many poison records: the one that reaches the limit is the last one worked on. The partition reads nothing more
+  (``poison_limit``), and its window and buffer are given back, so that the partitions beside it are not held up.
 * Drain: nothing more is taken from the buffer; what was started is finished, answered and acknowledged.
 * The drain deadline: the partition is abandoned. What still runs keeps its own permits and no others; its outcome goes
   nowhere, since whoever owns the partition next runs the record again.
@@ -47,6 +49,7 @@ from consumer.metrics import UNKNOWN_KIND, Counts, OldestState, PartitionState
 from consumer.offset_map import encode
 from consumer.offsets import DISTANCE_MAX, OffsetTracker, Run
 from consumer.operations import Insert, Operation, OpResponse
+from consumer.poison import PoisonPolicy
 from consumer.registry import SchemaRegistry
 from consumer.responses import DeadLetters, Header, ResponseHeaders
 from consumer.service import StorageService
@@ -139,12 +142,14 @@ class Pipeline:
     show_keys: bool
     compacted: bool = False
     """True where the output topic is compacted: a null key is replaced by the response id."""
+    registry: SchemaRegistry | None = None
+    """The decoder's resolver, to be asked before a record with a schema it has not heard of is decoded."""
+    poison: PoisonPolicy = PoisonPolicy()
+    """How many poison records a partition may have."""
 
     def lanes(self, partition: int) -> tuple[Lane, Lane | None]:
         """Return the shared lanes for responses and dead letters of an input partition."""
         return self.response_lane(partition), self.dead_letter_lane(partition) if self.dead_letter_lane else None
-    registry: SchemaRegistry | None = None
-    """The decoder's resolver, to be asked before a record with a schema it has not heard of is decoded."""
 
 
 class _Entry:
@@ -183,6 +188,8 @@ class Assignment:
         wanted: Called with this assignment while it has to wait for permits, so that an idle window can be passed on.
         freed: Called when this assignment has given its window up, so that somebody who waits can have it.
         lanes: Where responses and dead letters go; None = the lanes all assignments share.
+        poisoned: Called with this assignment when it has reached a limit of poison records.
+        poison_limit: The limit this partition has reached before in this process, in words: nothing of it is read.
     """
 
     def __init__(
@@ -199,6 +206,8 @@ class Assignment:
         wanted: Callable[[Assignment], None],
         freed: Callable[[], None],
         lanes: tuple[Lane, Lane | None] | None = None,
+        poisoned: Callable[[Assignment], None] = lambda _: None,
+        poison_limit: str | None = None,
     ) -> None:
         self.topic = topic
         self.partition = partition
@@ -219,6 +228,8 @@ class Assignment:
         """The broker's end of the log as last told; written by the poller."""
         self.out_of_range = False
         """True where the start offset is gone; written by the poller."""
+        self.poison_limit = poison_limit
+        """The limit of poison records that was reached, in words; None while none is."""
         self.cursor = 0
         """The next offset expected from the poller."""
         self.waiting_since: float | None = None
@@ -228,6 +239,8 @@ class Assignment:
         self._on_resolved = resolved
         self._wanted = wanted
         self._freed = freed
+        self._poisoned = poisoned
+        self._gauge = pipeline.poison.gauge()
         self._encoder = ResponseEncoder(topic, partition, prefix=pipeline.response_prefix)
         self._headers = ResponseHeaders(topic, partition, pipeline.copy_headers, compacted=pipeline.compacted)
         self._lane, dead_letters = lanes or pipeline.lanes(partition)
@@ -253,10 +266,10 @@ class Assignment:
         self._assigned_at = time.monotonic()
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
-        if executor is None:
-            self._starve()
-        else:
+        if executor is not None:
             pipeline.counts.reserved(0.0)
+        elif poison_limit is None:
+            self._starve()
         self._task = asyncio.create_task(self._run(), name=f"assignment {topic}/{partition} epoch {epoch}")
         self._task.add_done_callback(lambda task: _report(task, failed))
 
@@ -270,7 +283,8 @@ class Assignment:
         self._tracker = OffsetTracker(start, finished)
         self.cursor = start
         self._idle_since = time.monotonic()
-        self.open = self.begun = True
+        self.begun = True
+        self.open = self.poison_limit is None
         self._refill(self)
 
     def jump(self, position: int) -> None:
@@ -342,7 +356,7 @@ class Assignment:
     async def _run(self) -> None:
         """One execution after another, each under its own reservation; usually a single one."""
         patience = RESERVE_BACKOFF_SECONDS
-        while not self._ending:
+        while not self._ending and self.poison_limit is None:
             executor = self._executor or await self._reserve(patience)
             if executor is None:
                 break
@@ -353,7 +367,9 @@ class Assignment:
             finally:
                 await outcomes.aclose()
             self._executor = None
-            if self._giving_up and not self._ending:
+            if self.poison_limit is not None:
+                self._freed()
+            elif self._giving_up and not self._ending:
                 self._giving_up = False
                 self.waiting_since = time.monotonic()
                 log.info("idle window passed on", topic=self.topic, partition=self.partition, epoch=self.epoch)
@@ -613,6 +629,7 @@ class Assignment:
     def transaction_committed(self, offset: int, metadata: str) -> None:
         """The group's offset and map are these now."""
         self.committed, self.committed_map, self.committed_at = offset, metadata, time.time()
+        self._pipeline.counts.commits["success"] += 1
 
     def lose(self) -> None:
         """The partition belongs to somebody else: nothing more will be acknowledged."""

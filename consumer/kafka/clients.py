@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from consumer.config import Config
 from consumer.kafka.connection import consumer_settings, producer_settings
@@ -20,3 +20,10 @@ def make_producer(config: Config, batch_bytes: int) -> AIOKafkaProducer:
     """Make an idempotent producer for batches of at most *batch_bytes* before compression."""
     return AIOKafkaProducer(**producer_settings(config, batch_bytes=batch_bytes))
 
+
+def make_transactional_producer(config: Config, transactional_id: str) -> AIOKafkaProducer:
+    """Make a producer that fences all others of the same *transactional_id* when it is started."""
+    return AIOKafkaProducer(**producer_settings(config, transactional_id=transactional_id))
+
+
+__all__ = ["TopicPartition", "make_consumer", "make_producer", "make_transactional_producer"]

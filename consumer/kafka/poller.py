@@ -30,6 +30,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
@@ -45,7 +46,7 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
-from consumer.assignment import Assignment, Pipeline
+from consumer.assignment import Assignment, Lane, Pipeline
 from consumer.commits import CommitPolicy, CommitSchedule
 from consumer.errors import AtCapacity, ConfigError
 from consumer.executor import StreamExecutor
@@ -58,6 +59,7 @@ from consumer.kafka.topics import (
     Committed,
     Partition,
 )
+from consumer.kafka.transactions import Transactions, TransactionWriter
 from consumer.log import get_logger
 from consumer.metrics import CommitOutcome, PartitionState, RebalanceOutcome
 from consumer.offset_map import CHARACTERS_MAX, Run, count, decode
@@ -126,6 +128,7 @@ class Poller(ConsumerRebalanceListener):
         output_stuck: Tells whether responses are not being acknowledged.
         storage_blocked: Tells whether storage counts as unavailable.
         fatal: Called once with the exception that makes a restart right.
+        transactions: Exactly-once: responses and offsets in transactions; None = offsets are committed by schedule.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class Poller(ConsumerRebalanceListener):
         output_stuck: Callable[[], bool],
         storage_blocked: Callable[[], bool],
         fatal: Callable[[BaseException], None],
+        transactions: Transactions | None = None,
     ) -> None:
         self.rebalancing = True
         """True until the first assignment, and from each revocation to the next assignment."""
@@ -161,6 +165,8 @@ class Poller(ConsumerRebalanceListener):
         self._output_stuck = output_stuck
         self._storage_blocked = storage_blocked
         self._fatal = fatal
+        self._transactions = transactions
+        self._writers: dict[TopicPartition, TransactionWriter] = {}
         self._consumer: AIOKafkaConsumer | None = None
         self._epoch = 0
         self._stopping = False
@@ -407,6 +413,8 @@ class Poller(ConsumerRebalanceListener):
                 if running is not None:
                     self._older_runs[partition] = running
                 self._pipeline.counts.drained(outcome, time.monotonic() - began)
+            writers, self._writers = self._writers, {}
+            await asyncio.gather(*(writer.stop() for writer in writers.values()))
             if leaving:
                 seconds = round(time.monotonic() - began, 3)
                 log.info("partitions released", epoch=self._epoch, count=len(leaving), outcome=outcome, seconds=seconds)
@@ -420,6 +428,7 @@ class Poller(ConsumerRebalanceListener):
         for partition, run in list(self._older_runs.items()):
             if not run.in_flight:
                 del self._older_runs[partition]
+        await self._fence(partitions)
         executors = self._reserve(partitions)
         for partition in partitions:
             self._assignments[partition] = Assignment(
@@ -433,6 +442,7 @@ class Poller(ConsumerRebalanceListener):
                 failed=self._fatal,
                 wanted=self._pass_on_a_window,
                 freed=self._window_freed,
+                lanes=self._lanes(partition),
             )
         self.rebalancing = False
         starts = await self._starts(partitions)
@@ -442,6 +452,38 @@ class Poller(ConsumerRebalanceListener):
             self._begin(partition, starts[partition])
         self._commit_due.set()  # the chosen starts, at once
         await asyncio.gather(*(self._begin_after_older_run(partition, starts[partition]) for partition in late))
+
+    async def _fence(self, partitions: list[TopicPartition]) -> None:
+        """Exactly-once: start each partition's producer, which ends what its former owner left open (H22)."""
+        if self._transactions is None:
+            return
+        self._writers = {
+            partition: self._transactions.writer(
+                partition,
+                is_member=self._is_member,
+                committed=partial(self._committed_now, partition),
+                failed=self._fatal,
+            )
+            for partition in partitions
+        }
+        await asyncio.gather(*(writer.start() for writer in self._writers.values()))
+
+    def _lanes(self, partition: TopicPartition) -> tuple[Lane, Lane | None] | None:
+        if self._transactions is None:
+            return None
+        return self._transactions.lanes(self._writers[partition], partition.partition)
+
+    async def _is_member(self) -> bool:
+        """Ask the group whether we are still in it; a member that was expelled while frozen does not know."""
+        async with self._ask_cluster() as cluster:
+            state = await cluster.group(self._group_id)
+        coordinator = self._client._coordinator  # noqa: SLF001 - the member's id is told nowhere else
+        return coordinator is not None and coordinator.member_id in state.member_ids
+
+    async def _committed_now(self, partition: TopicPartition) -> tuple[int, str] | None:
+        async with self._ask_cluster() as cluster:
+            found = (await cluster.committed(self._group_id, [partition])).get(partition)
+        return None if found is None else (found.offset, found.metadata)
 
     async def _begin_after_older_run(self, partition: TopicPartition, start: StartPoint) -> None:
         await self._older_runs[partition].wait_finished()
@@ -455,6 +497,8 @@ class Poller(ConsumerRebalanceListener):
         with suppress(IllegalStateError):
             self._client.seek(partition, start.offset)
         assignment.begin(start.offset, start.finished)
+        if partition in self._writers:
+            self._writers[partition].begin(assignment)
         log.info(
             "partition open",
             topic=partition.topic,
@@ -606,6 +650,10 @@ class Poller(ConsumerRebalanceListener):
             points = self._commit_points()
             if not points or self._lost:
                 return "lost" if self._lost else "success"
+            if self._writers:
+                for partition in points:  # an ordinary commit could overtake a transaction's and take it back
+                    self._writers[partition].commit_offset()
+                return "success"
             outcome: CommitOutcome = "success"
             try:
                 async with asyncio.timeout(timeout_seconds):
@@ -683,7 +731,7 @@ class Poller(ConsumerRebalanceListener):
             reasons.append("bytes")
         if self._storage_blocked():
             reasons.append("storage_unavailable")
-        if self._output_stuck():
+        if self._output_stuck() or any(writer.stuck for writer in self._writers.values()):
             reasons.append("output")
         return reasons
 

@@ -22,6 +22,7 @@ from consumer.config import Config
 from consumer.errors import TierstreamError, TooLarge
 from consumer.kafka.connection import RECORD_OVERHEAD_BYTES, producer_settings, reader_settings
 from consumer.kafka.topics import LATEST, Cluster, ClusterRefusal, ClusterUnavailable, Topic
+from consumer.offset_map import count, decode
 
 START_SECONDS: Final = 20.0
 """Longest start of a client."""
@@ -37,8 +38,6 @@ BATCH_OVERHEAD_BYTES: Final = 200
 """Around a record alone in its batch, above key, value and headers."""
 TAIL_DEFAULT: Final = 10
 """How many records ``tail`` shows unless told otherwise."""
-MAP_PREFIX: Final = "ts1:"
-"""What an offset map in a commit's metadata begins with (contract 3)."""
 
 
 Record: TypeAlias = ConsumerRecord[bytes, bytes]
@@ -394,7 +393,8 @@ async def _behind(
 async def lag(config: Config) -> list[Lag]:
     """Return the lag of ``kafka.group_id`` in every partition of the input topics, ordered.
 
-    The end is the high watermark. A partition without a commit has neither ``committed`` nor ``lag``.
+    The end is the high watermark. A partition without a commit has neither ``committed`` nor ``lag``. What is finished
+    above the commit is what its offset map says, where the service would believe it, and not known where it would not.
 
     Raises:
         ClusterUnavailable: no answer in time.
@@ -405,11 +405,18 @@ async def lag(config: Config) -> list[Lag]:
         places = [(topic.name, number) for topic in topics for number in sorted(topic.leaders)]
         committed = await cluster.committed(config.kafka.group_id, places)
         ends = await cluster.offsets(places, LATEST)
+        identity = await cluster.cluster_id() or ""
     found: list[Lag] = []
     for topic, partition in places:
         commit = committed.get((topic, partition))
-        map_text = commit.metadata if commit is not None and commit.metadata.startswith(MAP_PREFIX) else ""
-        end = ends[topic, partition]
+        end, above = ends[topic, partition], None
+        map_bytes = 0
+        if commit is not None:
+            stored = decode(commit.metadata, committed_offset=commit.offset, cluster_id=identity, end=end)
+            if stored.reason not in {"absent", "foreign"}:
+                map_bytes = len(commit.metadata.encode())
+            if not map_bytes or stored.valid:
+                above = count(stored.finished)
         found.append(
             Lag(
                 topic=topic,
@@ -417,8 +424,8 @@ async def lag(config: Config) -> list[Lag]:
                 committed=None if commit is None else commit.offset,
                 end=end,
                 lag=None if commit is None else max(end - commit.offset, 0),
-                map_bytes=len(map_text),
-                finished_above_gap=0 if commit is not None and not map_text else None,
+                map_bytes=map_bytes,
+                finished_above_gap=above,
             )
         )
     return found

@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from typing import Protocol
@@ -34,7 +35,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 from aiokafka.structs import OffsetAndMetadata
 
-from consumer.assignment import Owner
+from consumer.assignment import Lane, Owner
 from consumer.kafka.publisher import BACKOFF_SECONDS, DISCARD_TIMEOUT_SECONDS, discard
 from consumer.kafka.topics import ClusterRefusal, ClusterUnavailable
 from consumer.log import get_logger
@@ -111,6 +112,46 @@ class _Lane:
         self._writer.append(_Item(self._target, key, value, headers, owner, token))
 
 
+@dataclass(frozen=True, slots=True)
+class Transactions:
+    """What the writers of all partitions share."""
+
+    group_id: str
+    make_producer: Callable[[str], AIOKafkaProducer]
+    """Makes an unstarted producer with a ``transactional.id``."""
+    interval_seconds: float
+    """How long responses gather."""
+    output: Callable[[int], TopicPartition]
+    """Where the responses of an input partition go."""
+    dead_letters: Callable[[int], TopicPartition] | None
+    """Where its dead letters go; None where there is no dead letter topic."""
+
+    def writer(
+        self,
+        partition: TopicPartition,
+        *,
+        is_member: Callable[[], Awaitable[bool]],
+        committed: Callable[[], Awaitable[tuple[int, str] | None]],
+        failed: Callable[[BaseException], None],
+    ) -> TransactionWriter:
+        """Make the unstarted writer of one input partition."""
+        transactional_id = f"{self.group_id}/{partition.topic}/{partition.partition}"
+        return TransactionWriter(
+            partition,
+            group_id=self.group_id,
+            make_producer=lambda: self.make_producer(transactional_id),
+            interval_seconds=self.interval_seconds,
+            is_member=is_member,
+            committed=committed,
+            failed=failed,
+        )
+
+    def lanes(self, writer: TransactionWriter, partition: int) -> tuple[Lane, Lane | None]:
+        """Return the lanes of *writer* for the responses and dead letters of an input partition."""
+        dead_letters = None if self.dead_letters is None else writer.lane(self.dead_letters(partition))
+        return writer.lane(self.output(partition)), dead_letters
+
+
 class TransactionWriter:
     """Owns the transactional producer of one input partition.
 
@@ -155,9 +196,9 @@ class TransactionWriter:
         """True from a failure until the next committed transaction."""
         return self._failures > 0
 
-    def lane(self, topic: str, partition: int) -> _Lane:
+    def lane(self, target: TopicPartition) -> Lane:
         """Return where to append what goes to an output partition."""
-        return _Lane(self, TopicPartition(topic, partition))
+        return _Lane(self, target)
 
     def append(self, item: _Item) -> None:
         """Take one record; never waits."""
@@ -219,7 +260,8 @@ class TransactionWriter:
 
     def _take(self) -> list[_Item]:
         """Take what goes into one transaction: a record's dead letter and response are never apart."""
-        pending, items = self._pending, []
+        pending = self._pending
+        items: list[_Item] = []
         while pending and (len(items) < TRANSACTION_RECORDS_MAX or items[-1].token == pending[0].token):
             items.append(pending.popleft())
         if pending:
