@@ -12,7 +12,7 @@ A row that has expired is absent: for reads, for preconditions, for everything (
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -225,4 +225,34 @@ class ChangeLog(Protocol):
 
     async def close(self) -> None:
         """Release threads, files and connections; no call may follow."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------------- scans
+
+
+class TombstoneScan(Protocol):
+    """A high-volume tier that can be looked through, whole, while it is in use."""
+
+    def scan_tombstones(self) -> AsyncGenerator[tuple[ObjectId, Revision], None]:
+        """Yield every live tombstone's object and target, unordered. What changes meanwhile may be seen or not."""
+        ...
+
+
+class RevisionScan(Protocol):
+    """A long-term tier that can be looked through, whole, while it is in use."""
+
+    def scan_revisions(self) -> AsyncGenerator[Revision, None]:
+        """Yield every revision that has not expired, unordered; what is written or removed meanwhile, perhaps."""
+        ...
+
+
+class ChangeScan(Protocol):
+    """A change log that can be looked through, whole, while it is in use."""
+
+    def scan_changes(self) -> AsyncGenerator[tuple[str, Change], None]:
+        """Yield every entry with its owner, whoever that is, claiming none. Unreadable entries are left out.
+
+        An entry there from before the scan until after it is among them.
+        """
         ...

@@ -42,7 +42,7 @@ import hashlib
 import os
 import secrets
 import threading
-from collections.abc import AsyncIterable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -282,6 +282,11 @@ class _Tree:
             if expired(found.metadata, clock):
                 self.remove(found.name)
 
+    def names(self, number: int, clock: Callable[[], datetime]) -> list[str]:
+        """Return the names of what has not expired in one of the folders below the root."""
+        descriptions = self._descriptions([_hash_folder(number)])
+        return [found.name for found in descriptions if not expired(found.metadata, clock)]
+
     def _descriptions(self, folders: list[str]) -> Iterator[_Description]:
         """Yield what lies in and below a folder; what cannot be read has not expired as far as anybody can tell."""
         below: list[str] = []
@@ -507,6 +512,12 @@ class FilesystemBackend:
         """Record a later expiry; absent and expired revisions are ignored."""
         if await self.head(revision) is not None:
             await self._run(_Tree.describe_again, revision.name, extended)
+
+    async def scan_revisions(self) -> AsyncGenerator[Revision, None]:
+        """Yield every revision that has not expired, one folder of :data:`FOLDERS` at a time."""
+        for number in range(FOLDERS):
+            for name in await self._run(_Tree.names, number, self._clock):
+                yield Revision(name)
 
     async def join(self) -> None:
         """Wait for a running sweep."""

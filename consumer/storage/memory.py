@@ -10,12 +10,13 @@ after as many expiring writes as there are entries, which makes the sweep a cons
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, overload
 
 from consumer.errors import BackendUnavailable
+from consumer.ids import ObjectId
 from consumer.operations import Metadata, StoredObject
 from consumer.storage.backend import (
     Change,
@@ -32,8 +33,6 @@ from consumer.storage.metadata import FORBIDDEN_FOR, expired, now_utc
 
 if TYPE_CHECKING:
     from uuid import UUID
-
-    from consumer.ids import ObjectId
 
 SWEEP_WRITES_MIN = 1024
 """Fewest expiring writes between two sweeps; below it even a full sweep takes well under a millisecond."""
@@ -116,6 +115,12 @@ class MemoryBackend:
         self._forbidden[revision.name] = now + FORBIDDEN_FOR
         return True
 
+    async def scan_tombstones(self) -> AsyncGenerator[tuple[ObjectId, Revision], None]:
+        """Yield every live tombstone's object and target."""
+        for path, row in list(self._rows.items()):
+            if isinstance(row, Tombstone) and not expired(row.metadata, self._clock):
+                yield ObjectId.parse(path), row.target
+
     # -------------------------------------------------------------------------------------------- long-term tier
 
     async def put(self, revision: Revision, metadata: Metadata, payload: Payload) -> int:
@@ -141,6 +146,12 @@ class MemoryBackend:
     async def delete(self, revision: Revision) -> None:
         """Remove the revision; removing an absent one is a success (GCS-6)."""
         self._revisions.pop(revision.name, None)
+
+    async def scan_revisions(self) -> AsyncGenerator[Revision, None]:
+        """Yield every revision that has not expired."""
+        for name, found in list(self._revisions.items()):
+            if not expired(found.metadata, self._clock):
+                yield Revision(name)
 
     # ------------------------------------------------------------------------------------------------ either tier
 
@@ -233,6 +244,11 @@ class MemoryChangeLog:
     async def count(self) -> int:
         """Entries now in the log."""
         return len(self._changes)
+
+    async def scan_changes(self) -> AsyncGenerator[tuple[str, Change], None]:
+        """Yield every entry with its owner."""
+        for change in list(self._changes.values()):
+            yield self.owner, change
 
     async def join(self) -> None:
         """Return at once: nothing runs in the background."""

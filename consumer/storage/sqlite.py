@@ -31,16 +31,17 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, TypeVarTuple
+from typing import Any, ClassVar, TypeAlias, TypeVar, TypeVarTuple
 
 from consumer.errors import BackendError, BackendUnavailable, ConfigError, TierstreamError, TooLarge
+from consumer.ids import ObjectId
 from consumer.log import get_logger
 from consumer.operations import Metadata, StoredObject
 from consumer.storage.backend import (
@@ -53,9 +54,6 @@ from consumer.storage.backend import (
 )
 from consumer.storage.host import HostLock
 from consumer.storage.metadata import FORBIDDEN_FOR, decode_metadata, encode_metadata, micros, now_utc
-
-if TYPE_CHECKING:
-    from consumer.ids import ObjectId
 
 log = get_logger(__name__)
 
@@ -118,6 +116,9 @@ READER_CACHE_KIB = 16_384
 SWEEP_SECONDS = 5.0
 SWEEP_ROWS = 500
 """Expired rows removed at a time, a few milliseconds; while there are more, the next time follows at once."""
+
+SCAN_ROWS = 2_000
+"""Rows of one step of a scan, tombstones or not: a few milliseconds of one reader thread."""
 
 INLINE_BYTES_MAX = 1_000_000_000 - 65_536
 """Largest payload in a row: a row of SQLite has at most 1,000,000,000 bytes, path and metadata included."""
@@ -623,6 +624,16 @@ class SqliteBackend:
             self._now(),
         )
 
+    async def scan_tombstones(self) -> AsyncGenerator[tuple[ObjectId, Revision], None]:
+        """Yield every live tombstone's object and target, a step of :data:`SCAN_ROWS` rows at a time."""
+        last = 0
+        while rows := await self._database.read(_select_rows_after, last):
+            last = rows[-1][0]
+            now = self._now()
+            for _, path, target, expires in rows:
+                if target is not None and (expires is None or expires > now):
+                    yield ObjectId.parse(path), Revision(target)
+
     async def join(self) -> None:
         """Return at once: the sweep leaves nothing that needs finishing (HV-11)."""
 
@@ -661,6 +672,7 @@ _PUT = f"{_UPSERT} WHERE objects.target IS NULL OR objects.expires <= ?"
 _DELETE_NON_TOMBSTONE = "DELETE FROM objects WHERE path = ? AND target IS NULL"
 _SELECT_ROW = "SELECT metadata, target, payload FROM objects WHERE path = ? AND (expires IS NULL OR expires > ?)"
 _SELECT_HEAD = "SELECT metadata, target FROM objects WHERE path = ? AND (expires IS NULL OR expires > ?)"
+_SELECT_AFTER = "SELECT rowid, path, target, expires FROM objects WHERE rowid > ? ORDER BY rowid LIMIT ?"
 _SELECT_FORBIDDEN = "SELECT 1 FROM forbidden_revisions WHERE name = ? AND until > ?"
 _FORBID = "INSERT OR REPLACE INTO forbidden_revisions (name, until) VALUES (?, ?)"
 _EXTEND = """
@@ -690,6 +702,10 @@ def _select_row(connection: sqlite3.Connection, path: str, now: int) -> tuple[An
 def _select_head(connection: sqlite3.Connection, path: str, now: int) -> tuple[Any, ...] | None:
     row: tuple[Any, ...] | None = connection.execute(_SELECT_HEAD, (path, now)).fetchone()
     return row
+
+
+def _select_rows_after(connection: sqlite3.Connection, last: int) -> list[tuple[int, str, str | None, int | None]]:
+    return connection.execute(_SELECT_AFTER, (last, SCAN_ROWS)).fetchall()
 
 
 def _target(connection: sqlite3.Connection, path: str, now: int) -> str | None:

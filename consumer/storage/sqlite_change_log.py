@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -36,6 +36,9 @@ from consumer.storage.host import boot_id, default_owner
 from consumer.storage.sqlite import SqliteDatabase, Timer
 
 log = get_logger(__name__)
+
+SCAN_ENTRIES = 500
+"""Entries of one step of a scan."""
 
 LEASE_SECONDS = 30.0
 """How long a silent incarnation counts as alive: longer than any stall of a healthy process, short enough that its
@@ -111,6 +114,18 @@ class SqliteChangeLog:
         """Entries of this owner now in the log, unreadable ones excluded."""
         return await self._database.read(_count, self.owner)
 
+    async def scan_changes(self) -> AsyncGenerator[tuple[str, Change], None]:
+        """Yield every entry with its owner, in the order they were recorded."""
+        last = 0
+        while rows := await self._database.read(_entries_after, last):
+            last = rows[-1][0]
+            for _, owner, change_id, path, new, old in rows:
+                try:
+                    change = _change(change_id, path, new, old)
+                except (TierstreamError, TypeError, ValueError, AttributeError):
+                    continue
+                yield owner, change
+
     async def join(self) -> None:
         """End the lease. Recording again starts a new one; where the file fails, the lease ends by itself."""
         if self._heartbeat is None:
@@ -176,6 +191,10 @@ _CLAIMED = """
 SELECT change_id, object_path, new_revision, old_revision FROM change_log_entries
 WHERE incarnation = ? AND claimed AND NOT unreadable ORDER BY sequence
 """
+_ENTRIES_AFTER = """
+SELECT sequence, owner, change_id, object_path, new_revision, old_revision FROM change_log_entries
+WHERE sequence > ? ORDER BY sequence LIMIT ?
+"""
 _FORGET = "DELETE FROM change_log_instances WHERE boot <> ? OR lease_until <= ?"
 
 
@@ -186,6 +205,10 @@ def _change(change_id: str, path: str, new: str | None, old: str | None) -> Chan
         None if new is None else Revision(new),
         None if old is None else Revision(old),
     )
+
+
+def _entries_after(connection: sqlite3.Connection, last: int) -> list[tuple[Any, ...]]:
+    return connection.execute(_ENTRIES_AFTER, (last, SCAN_ENTRIES)).fetchall()
 
 
 def _delete(connection: sqlite3.Connection, change_id: str) -> None:
