@@ -253,6 +253,8 @@ class Assignment:
         self._asking: asyncio.Timeout | None = None
         """There while the registry is being asked for a schema; ends that where the assignment ends."""
         self._entries: dict[int, _Entry] = {}
+        self._lettered: set[int] = set()
+        """Offsets of operations whose dead letter is not acknowledged."""
         self._skipped = 0
         self._unacknowledged = 0
         self._ahead: set[int] = set()
@@ -287,13 +289,23 @@ class Assignment:
         self.open = self.poison_limit is None
         self._refill(self)
 
-    def jump(self, position: int) -> None:
-        """Go on at *position*, because what lay between is gone; unfinished work below it is finished as usual."""
-        self.cursor = position
-        if not self._tracker.unfinished:
-            if position < self._tracker.position:  # another log: what was finished in the old one says nothing of it
-                self._tracker = OffsetTracker(position)
+    def jump(self, position: int) -> bool:
+        """Go on at *position*, because what lay between is gone; unfinished work below it is finished as usual.
+
+        Returns:
+            False, and nothing is changed, where that is backwards and something is unfinished: the log is another one
+            then, where the same offset means another record, so that the old ones have to be over first.
+        """
+        backwards = position < self.cursor
+        busy = bool(self._buffer or self._tracker.unfinished)
+        if backwards and busy:
+            return False
+        if backwards:  # what was finished in the old log says nothing of the new one
+            self._tracker = OffsetTracker(position)
+        elif not busy:
             self._tracker.advance(position)
+        self.cursor = position
+        return True
 
     def receive(self, records: Sequence[Record]) -> None:
         """Take fetched records, in offset order; those below :attr:`cursor` were taken before and are ignored."""
@@ -335,9 +347,17 @@ class Assignment:
 
     @property
     def offset_map(self) -> str:
-        """What is finished above the watermark, as metadata of a commit; empty where nothing is."""
+        """What is finished above the watermark, as metadata of a commit; empty where nothing is.
+
+        With the ordering ``key``, nothing above an operation that waits for its dead letter alone: later ones on its
+        object may be finished, and a replay of the first alone would undo them.
+        """
         tracker = self._tracker
-        return encode(tracker.watermark, tracker.finished_runs(), self._pipeline.cluster_id)
+        runs = tracker.finished_runs()
+        if self._lettered and self._pipeline.ordering == "key":
+            lowest = min(self._lettered)
+            runs = [(first, min(last, lowest - 1)) for first, last in runs if first < lowest]
+        return encode(tracker.watermark, runs, self._pipeline.cluster_id)
 
     @property
     def idle(self) -> bool:
@@ -546,6 +566,8 @@ class Assignment:
         if self._dead_letters is not None and (decoded.poison or failure.code in DEAD_LETTER_CODES):
             entry.pending = 2
             entry.code = failure.code
+            if not decoded.poison:
+                self._lettered.add(offset)
             self._dead_letters.append(offset, entry.record, failure, decoded.schema_id)
 
     def acknowledged(self, tokens: Sequence[int]) -> None:
@@ -559,8 +581,9 @@ class Assignment:
             entry = entries[offset]
             decoded = entry.decoded
             responses[(decoded and decoded.kind) or UNKNOWN_KIND, entry.status] += 1
-            latency = now - entry.record.timestamp / 1000
-            observe(latency if latency > 0 else 0.0)
+            timestamp = entry.record.timestamp
+            if timestamp >= 0:  # -1: the record has none
+                observe(now - timestamp / 1000)
             entry.pending -= 1
             if not entry.pending:
                 del entries[offset]
@@ -576,6 +599,7 @@ class Assignment:
         for offset in tokens:
             entry = entries[offset]
             dead_letters[entry.code or UNKNOWN_KIND] += 1
+            self._lettered.discard(offset)
             entry.pending -= 1
             if not entry.pending:
                 del entries[offset]

@@ -35,7 +35,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fetched:
     """A record as the client hands it over."""
 
