@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from consumer.cli import development, inspection, ledger, offsets, records, service
+from consumer.cli import development, inspection, ledger, objects, offsets, records, service
 from consumer.cli.output import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, complain
 from consumer.errors import ConfigError, TierstreamError
 
@@ -29,6 +29,7 @@ service.register(app)
 records.register(app)
 inspection.register(app)
 ledger.register(app)
+objects.register(app)
 offsets.register(app)
 development.register(app)
 
