@@ -81,19 +81,20 @@ def _wake(parked: asyncio.Future[None]) -> None:
 @types.coroutine
 def _resumed(started: Coroutine[Any, Any, _T], awaited: Any) -> Generator[Any, Any, _T]:
     """Go on with a coroutine whose first step was made by hand and ended waiting for *awaited*."""
-    try:
-        yield awaited
-    except GeneratorExit:
-        started.close()
-        raise
-    except BaseException as thrown:  # noqa: BLE001 - as `yield from` does: it is the coroutine's to handle
+    while True:
         try:
-            awaited = started.throw(thrown)
-        except StopIteration as done:
-            result: _T = done.value
-            return result
-        return (yield from _resumed(started, awaited).__await__())
-    return (yield from started.__await__())
+            yield awaited
+        except GeneratorExit:
+            started.close()
+            raise
+        except BaseException as thrown:  # noqa: BLE001 - as `yield from` does: it is the coroutine's to handle
+            try:
+                awaited = started.throw(thrown)  # handled, and then waiting for something else
+            except StopIteration as done:
+                result: _T = done.value
+                return result
+        else:
+            return (yield from started.__await__())
 
 
 class _Running(Progress):

@@ -7,6 +7,7 @@ import gc
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from contextvars import ContextVar
 
 import pytest
@@ -379,6 +380,22 @@ class TestWindow:
         assert isinstance(outcomes[0], OperationPanic)
         assert str(outcomes[0]) == "TimeoutError"
         assert outcomes[1] == Got("b", None)
+
+    async def test_an_operation_may_handle_what_is_thrown_into_it_and_wait_again(self) -> None:
+        """Storage that settles when it is cancelled: what is thrown in is its own to handle, more than once."""
+
+        class Settling(GatedStorage):
+            async def head(self, object_id: ObjectId) -> Metadata | None:
+                for _ in range(3):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(0.001):
+                            await super().head(object_id)
+                    await asyncio.sleep(0)
+                return None
+
+        outcomes = dict(await all_of(Stream(Settling("a")).run(head("a"), get("b"))))
+
+        assert outcomes == {0: Headed("a", None), 1: Got("b", None)}
 
     async def test_only_one_may_wait_for_the_output(self) -> None:
         """As with asynchronous generators."""
