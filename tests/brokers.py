@@ -36,7 +36,8 @@ from typing import Any
 
 import pytest
 from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # documented, not in __all__
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # documented, not in __all__
 from confluent_kafka.cimpl import NewTopic
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,15 @@ class Broker:
 
         wait_until(led, ADMIN_SECONDS, f"the {partitions} partitions of {unique} to be led")
         return unique
+
+    def alter_topic(self, topic: str, **config: str | int) -> None:
+        """Change settings of a topic, given as to `create_topic`."""
+        entries = [
+            ConfigEntry(key.replace("_", "."), str(value), incremental_operation=AlterConfigOpType.SET)
+            for key, value in config.items()
+        ]
+        resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+        self._settle(self.admin.incremental_alter_configs([resource]))
 
     def delete_topic(self, topic: str) -> None:
         """Delete a topic; its records are gone at once for readers that look it up anew."""

@@ -206,6 +206,8 @@ class Ledger:
     input: str
     output: str
     dead_letter: str
+    isolation: str = "read_uncommitted"
+    """What the checking reader sees: also records of open and aborted transactions, or those of committed ones."""
     entries: dict[str, Entry] = field(default_factory=dict)
     answers: dict[str, list[Answer]] = field(default_factory=lambda: defaultdict(list))
     """Responses by response id."""
@@ -223,8 +225,8 @@ class Ledger:
                 "log_level": 0,
             }
         )
-        self._output = Reader(self.broker, self.output)
-        self._dead_letter = Reader(self.broker, self.dead_letter)
+        self._output = Reader(self.broker, self.output, isolation=self.isolation)
+        self._dead_letter = Reader(self.broker, self.dead_letter, isolation=self.isolation)
         self.partition_count = len(self.broker.admin.list_topics(self.input, timeout=20).topics[self.input].partitions)
 
     @property

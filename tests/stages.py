@@ -66,4 +66,5 @@ def set_up(broker: Broker, folder: Path, partitions: int, output_partitions: int
     for changes in (named, sections):
         for name, section in changes.items():
             config[name] = {**config[name], **section} if isinstance(config.get(name), dict) else section
-    return Stage(broker, folder, Ledger(broker, operations, responses, dead), config)
+    isolation = "read_committed" if config.get("delivery") == "exactly-once" else "read_uncommitted"
+    return Stage(broker, folder, Ledger(broker, operations, responses, dead, isolation), config)

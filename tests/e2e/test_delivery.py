@@ -1,8 +1,6 @@
 """At-least-once, held against an independent ledger: nothing lost, and nothing repeated without a reason.
 
-The load of these tests is checked to the status: each object is inserted once, read twice and, every fourth one,
-deleted, always in one partition, so that key ordering leaves one right answer to each operation, also after a replay
-(of a deleted object two: a replayed read may find it gone).
+The load of these tests is checked to the status (`load.py`).
 
 Kills and rebalances are played on Apache Kafka alone. The embedded broker never expires a dead member, so that its
 group admits nobody any more; and it begins a new generation with the first request to join, so that whoever then
@@ -21,92 +19,17 @@ import pytest
 from confluent_kafka import Message, Producer
 
 from brokers import Broker
-from ledger import Ledger
+from load import PARTITIONS, PUMP_SECONDS, Load, check_nothing_is_committed_without_its_response, ends, read_back
 from service_process import ServiceProcess
-from stages import SetStage, Stage
+from stages import SetStage
 from wire import operation
 
 ROUNDS = int(os.environ.get("TIERSTREAM_TEST_SOAK_ROUNDS", "3"))
 """Kills a test makes; `make soak` sets many."""
 
-ROUND_SECONDS = 40
-"""A restart after SIGKILL waits for the dead member's session to end, 6 s, and longer where machines are busy."""
-
-PARTITIONS = 4
-
-
-class Load:
-    """Records without end, in the same order in every run; `pump` puts some in and reads what comes out."""
-
-    def __init__(self, ledger: Ledger, batch: int = 160) -> None:
-        """Prepare a load for all partitions; *batch* is how many records a pump puts in."""
-        self.ledger = ledger
-        self.batch = batch
-        self.kept: list[tuple[int, str]] = []
-        """Objects inserted and never deleted: (partition, key)."""
-        self._number = 0
-
-    def put(self, records: int) -> None:
-        """Produce *records* more, a multiple of 16, without waiting for the broker."""
-        assert records % (4 * PARTITIONS) == 0
-        for _ in range(records // 4):
-            number, partition = self._number, self._number % PARTITIONS
-            key, deleted = f"load/{number}", self._number % 16 < PARTITIONS
-            story: list[tuple[str, set[int]]] = [
-                ("insert", {201}),
-                ("get", {200, 404} if deleted else {200}),
-                ("delete" if deleted else "head", {204}),
-                ("head", {404} if deleted else {204}),
-            ]
-            for kind, statuses in story:
-                payload = key.encode() * 5 if kind == "insert" else b""
-                self.ledger.operate(
-                    kind, key, payload, statuses=statuses, key=key.encode(), partition=partition, wait=False
-                )
-            if not deleted:
-                self.kept.append((partition, key))
-            self._number += 1
-
-    def pump(self, until: Callable[[], bool], seconds: float = ROUND_SECONDS) -> None:
-        """Put in and read out until *until* holds."""
-        deadline = time.monotonic() + seconds
-        while not until():
-            assert time.monotonic() < deadline, f"no progress under load: {self.ledger.verdict()}"
-            self.put(self.batch)
-            self.ledger.poll(0.02)
-        self.ledger.flush()
-
-
-def check_nothing_is_committed_without_its_response(stage: Stage, least: dict[int, int]) -> dict[int, int]:
-    """I1, I4, I5: read everything; each record below the committed offset has its response; no commit went back."""
-    committed = stage.ledger.committed(stage.group)
-    stage.ledger.read_all()
-    unanswered = [
-        entry.id
-        for entry in stage.ledger.entries.values()
-        if entry.offset < committed.get(entry.partition, 0) and entry.id not in stage.ledger.answers
-    ]
-    assert unanswered == []
-    assert all(committed.get(partition, 0) >= offset for partition, offset in least.items()), (least, committed)
-    return committed
-
-
-def read_back(load: Load, count: int) -> None:
-    """I7: *count* of the objects whose insert was acknowledged, read through the service, are whole."""
-    ledger = load.ledger
-    chosen = random.Random(7).sample(load.kept, min(count, len(load.kept)))
-    before = len(ledger.entries)
-    for partition, key in chosen:
-        ledger.operate("get", key, statuses={200}, partition=partition, wait=False)
-    ledger.flush()
-    entries = list(ledger.entries.values())[before:]
-    ledger.wait_answered(entries)
-    payloads = Counter(ledger.answers[entry.id][0].result["object"]["payload"] for entry in entries)
-    assert payloads == Counter(key.encode() * 5 for _, key in chosen)
-
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + ROUND_SECONDS * (ROUNDS + 1))
+@pytest.mark.timeout(60 + PUMP_SECONDS * (ROUNDS + 1))
 def test_hard_kills_under_load_lose_nothing_and_repeat_only_what_was_not_committed(
     apache: Broker, set_stage: SetStage
 ) -> None:
@@ -146,14 +69,6 @@ def test_hard_kills_under_load_lose_nothing_and_repeat_only_what_was_not_committ
     assert unexplained <= windows
     assert killed_with_work == ROUNDS, "void: the kills hit an idle service"
     assert committed == {partition: ends(ledger)[partition] for partition in range(PARTITIONS)}
-
-
-def ends(ledger: Ledger) -> dict[int, int]:
-    """The offset after the last record put into each partition."""
-    last: dict[int, int] = {}
-    for entry in ledger.entries.values():
-        last[entry.partition] = max(last.get(entry.partition, 0), entry.offset + 1)
-    return last
 
 
 @pytest.mark.slow

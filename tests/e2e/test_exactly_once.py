@@ -1,0 +1,141 @@
+"""Exactly-once, as a reader of committed records sees it: each input record has one response, whatever happens.
+
+On Apache Kafka alone: the subject is its transactions, and the faults need members that expire.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+
+import pytest
+
+from brokers import Broker
+from load import PARTITIONS, PUMP_SECONDS, Load, check_nothing_is_committed_without_its_response, ends, read_back
+from stages import SetStage
+
+ROUNDS = int(os.environ.get("TIERSTREAM_TEST_SOAK_ROUNDS", "3"))
+"""Kills a test makes; `make soak` sets many."""
+
+
+def check_each_record_has_one_response(load: Load, group: str) -> None:
+    """I2: nothing missing, repeated or wrong, and everything is committed."""
+    load.ledger.read_all()
+    verdict = load.ledger.verdict()
+    assert (verdict.missing, verdict.duplicated, verdict.mismatched) == ([], {}, []), verdict
+    assert load.ledger.committed(group) == ends(load.ledger)
+
+
+@pytest.mark.slow
+def test_every_kind_of_answer_is_there_once_with_its_dead_letter(apache: Broker, set_stage: SetStage) -> None:
+    """Contract 3: responses, dead letters and offsets of good and undecodable records, in transactions."""
+    stage = set_stage(apache, partitions=PARTITIONS, delivery="exactly-once")
+    service = stage.start(partitions=PARTITIONS)
+    load = Load(stage.ledger)
+    load.put(320)
+    poison = stage.ledger.send(b"\x0anot avro at all", kind="unknown", statuses={400})[0]
+    stage.ledger.flush()
+
+    stage.ledger.wait_answered()
+    letter = stage.ledger.wait_dead_letter(poison)
+    service.stop()
+
+    assert letter.value == b"\x0anot avro at all"
+    check_each_record_has_one_response(load, stage.group)
+    assert len(stage.ledger.dead_letters[poison.id]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + PUMP_SECONDS * (ROUNDS + 1))
+def test_hard_kills_under_load_repeat_nothing(apache: Broker, set_stage: SetStage) -> None:
+    """I1, I2, I5, H20, H22, H25: SIGKILL at random, open transactions included; nothing is missing, nothing twice."""
+    stage = set_stage(apache, partitions=PARTITIONS, delivery="exactly-once")
+    ledger, load, chance = stage.ledger, Load(stage.ledger), random.Random(ROUNDS)
+    committed: dict[int, int] = {}
+    killed_with_work = 0
+    for _ in range(ROUNDS):
+        service = stage.start(partitions=PARTITIONS)
+        goal = len(ledger.answers) + chance.randint(200, 2000)
+        load.pump(lambda goal=goal: len(ledger.answers) >= goal)  # type: ignore[misc]  # bound now, as it is called now
+        load.put(4 * load.batch)
+        service.kill()
+
+        ledger.flush()
+        killed_with_work += ledger.answered() < len(ledger.entries)
+    service = stage.start(partitions=PARTITIONS)
+    ledger.wait_answered(seconds=60)
+    read_back(load, 100)
+    service.stop()
+
+    committed = check_nothing_is_committed_without_its_response(stage, committed)
+    check_each_record_has_one_response(load, stage.group)
+    assert killed_with_work == ROUNDS, "void: the kills hit an idle service"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_member_that_was_frozen_beyond_its_session_writes_nothing_when_it_wakes(
+    apache: Broker, set_stage: SetStage
+) -> None:
+    """I2, H21: SIGSTOP under load, the other member takes over, SIGCONT: fenced, and no response twice."""
+    stage = set_stage(apache, partitions=PARTITIONS, delivery="exactly-once")
+    ledger, load = stage.ledger, Load(stage.ledger)
+    frozen = stage.start(name="frozen")
+    other = stage.start(partitions=PARTITIONS // 2, name="other")
+    load.pump(lambda: ledger.answered() >= 500)
+    load.put(8 * load.batch)
+    os.kill(frozen.process.pid, signal.SIGSTOP)
+    try:
+        other.wait(lambda: len(other.partitions()) == PARTITIONS, "the other member to own everything")
+        load.pump(lambda: ledger.answered() == len(ledger.entries))
+    finally:
+        os.kill(frozen.process.pid, signal.SIGCONT)
+
+    load.pump(lambda: frozen.ready and len(frozen.partitions()) == PARTITIONS // 2)
+    load.put(4 * load.batch)
+    ledger.flush()
+    ledger.wait_answered(seconds=60)
+    frozen.stop()
+    other.stop()
+
+    check_each_record_has_one_response(load, stage.group)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_members_that_come_and_go_under_load_repeat_nothing(apache: Broker, set_stage: SetStage) -> None:
+    """I1, I2: a rebalance in the middle of transactions ends them or gives them up; no response is there twice."""
+    stage = set_stage(apache, partitions=PARTITIONS, delivery="exactly-once")
+    ledger, load = stage.ledger, Load(stage.ledger)
+    first = stage.start(partitions=PARTITIONS, name="first")
+    load.pump(lambda: ledger.answered() >= 500)
+    second = stage.start(ready=False, name="second")
+    load.pump(lambda: second.ready and len(second.partitions()) == PARTITIONS // 2)
+    load.put(4 * load.batch)
+    first.stop()
+    load.pump(lambda: second.ready and len(second.partitions()) == PARTITIONS)
+    ledger.flush()
+    ledger.wait_answered(seconds=60)
+    second.stop()
+
+    check_each_record_has_one_response(load, stage.group)
+
+
+@pytest.mark.slow
+def test_a_response_the_topic_refuses_becomes_a_failure_in_its_place(apache: Broker, set_stage: SetStage) -> None:
+    """H18c, H20: a refused batch aborts its transaction; the record it was for is answered, and its neighbours too."""
+    stage = set_stage(apache, partitions=1, delivery="exactly-once", limits={"response_bytes": "600KB"})
+    service = stage.start(partitions=1)
+    ledger = stage.ledger
+    ledger.answer(ledger.operate("insert", "large", bytes(400_000), statuses={201}))
+    apache.alter_topic(ledger.output, max_message_bytes=100_000)
+
+    for kind, key, statuses in (("insert", "before", {201}), ("get", "large", {413}), ("head", "large", {204})):
+        ledger.operate(kind, key, b"x", statuses=statuses, wait=False)
+    ledger.flush()
+    ledger.wait_answered(seconds=60)
+    service.stop()
+
+    verdict = ledger.verdict()
+    assert (verdict.missing, verdict.duplicated, verdict.mismatched) == ([], {}, []), verdict

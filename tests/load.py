@@ -1,0 +1,99 @@
+"""A load whose every response can be judged, and what a test may hold against it at any moment.
+
+Each object is inserted once, read twice and, every fourth one, deleted, always in one partition, so that key ordering
+leaves one right answer to each operation, also after a replay (of a deleted object two: a replayed read may find it
+gone).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from ledger import Ledger
+from stages import Stage
+
+PUMP_SECONDS = 40
+"""A restart after SIGKILL waits for the dead member's session to end, 6 s, and longer where machines are busy."""
+
+PARTITIONS = 4
+
+
+class Load:
+    """Records without end, in the same order in every run; `pump` puts some in and reads what comes out."""
+
+    def __init__(self, ledger: Ledger, batch: int = 160) -> None:
+        """Prepare a load for all partitions; *batch* is how many records a pump puts in."""
+        self.ledger = ledger
+        self.batch = batch
+        self.kept: list[tuple[int, str]] = []
+        """Objects inserted and never deleted: (partition, key)."""
+        self._number = 0
+
+    def put(self, records: int) -> None:
+        """Produce *records* more, a multiple of 16, without waiting for the broker."""
+        assert records % (4 * PARTITIONS) == 0
+        for _ in range(records // 4):
+            number, partition = self._number, self._number % PARTITIONS
+            key, deleted = f"load/{number}", self._number % 16 < PARTITIONS
+            story: list[tuple[str, set[int]]] = [
+                ("insert", {201}),
+                ("get", {200, 404} if deleted else {200}),
+                ("delete" if deleted else "head", {204}),
+                ("head", {404} if deleted else {204}),
+            ]
+            for kind, statuses in story:
+                payload = key.encode() * 5 if kind == "insert" else b""
+                self.ledger.operate(
+                    kind, key, payload, statuses=statuses, key=key.encode(), partition=partition, wait=False
+                )
+            if not deleted:
+                self.kept.append((partition, key))
+            self._number += 1
+
+    def pump(self, until: Callable[[], bool], seconds: float = PUMP_SECONDS) -> None:
+        """Put in and read out until *until* holds."""
+        deadline = time.monotonic() + seconds
+        while not until():
+            assert time.monotonic() < deadline, f"no progress under load: {self.ledger.verdict()}"
+            self.put(self.batch)
+            self.ledger.poll(0.02)
+        self.ledger.flush()
+
+
+def check_nothing_is_committed_without_its_response(stage: Stage, least: dict[int, int]) -> dict[int, int]:
+    """I1, I4, I5: read everything; each record below the committed offset has its response; no commit went back."""
+    committed = stage.ledger.committed(stage.group)
+    stage.ledger.read_all()
+    unanswered = [
+        entry.id
+        for entry in stage.ledger.entries.values()
+        if entry.offset < committed.get(entry.partition, 0) and entry.id not in stage.ledger.answers
+    ]
+    assert unanswered == []
+    assert all(committed.get(partition, 0) >= offset for partition, offset in least.items()), (least, committed)
+    return committed
+
+
+def read_back(load: Load, count: int) -> None:
+    """I7: *count* of the objects whose insert was acknowledged, read through the service, are whole."""
+    ledger = load.ledger
+    chosen = random.Random(7).sample(load.kept, min(count, len(load.kept)))
+    before = len(ledger.entries)
+    for partition, key in chosen:
+        ledger.operate("get", key, statuses={200}, partition=partition, wait=False)
+    ledger.flush()
+    entries = list(ledger.entries.values())[before:]
+    ledger.wait_answered(entries)
+    payloads = Counter(ledger.answers[entry.id][0].result["object"]["payload"] for entry in entries)
+    assert payloads == Counter(key.encode() * 5 for _, key in chosen)
+
+
+def ends(ledger: Ledger) -> dict[int, int]:
+    """The offset after the last record put into each partition."""
+    last: dict[int, int] = {}
+    for entry in ledger.entries.values():
+        last[entry.partition] = max(last.get(entry.partition, 0), entry.offset + 1)
+    return last
