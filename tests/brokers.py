@@ -36,8 +36,13 @@ from typing import Any
 
 import pytest
 from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
-from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # documented, not in __all__
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # documented, and not all in __all__
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    OffsetSpec,
+)
 from confluent_kafka.cimpl import NewTopic
 
 ROOT = Path(__file__).parents[1]
