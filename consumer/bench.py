@@ -83,6 +83,8 @@ class Report:
     payload_bytes: int
     bare: list[Run] = field(default_factory=list)
     service: list[Run] = field(default_factory=list)
+    exactly_once: list[Run] = field(default_factory=list)
+    """The service again, writing in transactions; empty unless asked for."""
     stages_microseconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -107,6 +109,7 @@ def main(
     partitions: int = 8,
     payload_bytes: int = 1024,
     rounds: int = 3,
+    exactly_once: bool = False,
     as_json: bool = False,
 ) -> int:
     """Measure, print the report on stdout and progress on stderr; return the exit code.
@@ -116,10 +119,12 @@ def main(
         records: Records for each process of each round.
         partitions: Of every topic.
         payload_bytes: Of every insert.
-        rounds: How often each of the two runs.
+        rounds: How often each side runs.
+        exactly_once: Also measure the service with ``delivery: exactly-once``.
         as_json: Print JSON instead of a table.
     """
-    report = asyncio.run(_measure(bootstrap, records, partitions, payload_bytes, rounds))
+    report = Report(records, partitions, payload_bytes)
+    asyncio.run(_measure(report, bootstrap, rounds, exactly_once=exactly_once))
     if as_json:
         figures = {**asdict(report), "ratio": report.ratio, "cpu_ratio": report.cpu_ratio}
         print(orjson.dumps(figures, option=orjson.OPT_INDENT_2).decode())  # noqa: T201 - the command's output
@@ -133,12 +138,17 @@ def _print(report: Report) -> None:
         f"{report.records} inserts of {report.payload_bytes} bytes, {report.partitions} partitions",
         f"medians of {len(report.bare)} rounds",
         "",
-        f"{'':10}{'records/s':>12}{'CPU us/record':>16}{'memory MiB':>13}",
+        f"{'':14}{'records/s':>12}{'CPU us/record':>16}{'memory MiB':>13}",
     ]
     lines += [
-        f"{name:10}{_median(runs, 'records_per_second'):12,.0f}{_median(runs, 'cpu_microseconds'):16.1f}"
+        f"{name:14}{_median(runs, 'records_per_second'):12,.0f}{_median(runs, 'cpu_microseconds'):16.1f}"
         f"{_median(runs, 'rss_mib'):13.0f}"
-        for name, runs in (("bare loop", report.bare), ("service", report.service))
+        for name, runs in (
+            ("bare loop", report.bare),
+            ("service", report.service),
+            ("exactly-once", report.exactly_once),
+        )
+        if runs
     ]
     verdict = f"{report.ratio:.2f} x the records per second, 1/{report.cpu_ratio:.2f} of the CPU a record"
     lines += ["", f"service / bare loop: {verdict}", ""]
@@ -147,8 +157,11 @@ def _print(report: Report) -> None:
     print("\n".join(lines))  # noqa: T201 - the command's output
 
 
-async def _measure(bootstrap: str | None, records: int, partitions: int, payload_bytes: int, rounds: int) -> Report:
-    report = Report(records, partitions, payload_bytes)
+async def _measure(report: Report, bootstrap: str | None, rounds: int, *, exactly_once: bool) -> None:
+    records, partitions, payload_bytes = report.records, report.partitions, report.payload_bytes
+    sides = [("bare", report.bare), ("service", report.service)]
+    if exactly_once:
+        sides.append(("exactly-once", report.exactly_once))
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tierstream-bench-")))
         if bootstrap is None:
@@ -162,18 +175,18 @@ async def _measure(bootstrap: str | None, records: int, partitions: int, payload
         _say(f"filling {topic} with {records} records")
         await _fill(bootstrap, topic, records, partitions, payload_bytes)
         for number in range(1, rounds + 1):
-            for name, runs in (("bare", report.bare), ("service", report.service)):
+            for name, runs in sides:
                 output = f"{mark}-{name}-{number}"
                 await _create(bootstrap, [output], partitions)
                 command = [sys.executable, "-m", "consumer.bench", bootstrap, topic, output]
-                if name == "service":
-                    config = _configure(folder, bootstrap, topic, output)
+                if name != "bare":
+                    delivery = "at-least-once" if name == "service" else name
+                    config = _configure(folder, bootstrap, topic, output, delivery)
                     command = [sys.executable, "-m", "consumer", "run", "--config", str(config)]
                 runs.append(await _timed(command, folder / f"{output}.log", bootstrap, output, records, partitions))
                 _say(f"round {number}, {name}: {runs[-1].records_per_second:,.0f} records/s")
     _say("timing the stages")
     report.stages_microseconds = await _stages(payload_bytes)
-    return report
 
 
 def _say(text: str) -> None:
@@ -211,7 +224,7 @@ async def _fill(bootstrap: str, topic: str, records: int, partitions: int, paylo
         await producer.stop()
 
 
-def _configure(folder: Path, bootstrap: str, topic: str, output: str) -> Path:
+def _configure(folder: Path, bootstrap: str, topic: str, output: str, delivery: str) -> Path:
     path = folder / f"{output}.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -220,6 +233,7 @@ def _configure(folder: Path, bootstrap: str, topic: str, output: str) -> Path:
                 "input": {"topics": [topic]},
                 "output": {"topic": output, "compression": COMPRESSION, "max_request_bytes": "3MiB"},
                 "dead_letter": {"topic": None},
+                "delivery": delivery,
                 "storage": {
                     "high_volume": {"type": "memory"},
                     "long_term": {"type": "memory"},

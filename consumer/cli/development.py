@@ -100,6 +100,9 @@ def bench(
         int, typer.Option("--payload-bytes", metavar="N", min=0, help="Payload of each insert.")
     ] = 1024,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Times each side is measured.")] = 3,
+    exactly_once: Annotated[
+        bool, typer.Option("--exactly-once", help="Also measure delivery in transactions.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the service against a bare client loop on the same broker.
@@ -116,6 +119,7 @@ def bench(
         partitions=partitions,
         payload_bytes=payload_bytes,
         rounds=rounds,
+        exactly_once=exactly_once,
         as_json=as_json,
     )
     raise typer.Exit(code)
