@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from consumer.cli import development, inspection, ledger, objects, offsets, records, service
+from consumer.cli import development, inspection, ledger, objects, offsets, records, schemas, service
 from consumer.cli.output import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, complain
 from consumer.errors import ConfigError, TierstreamError
 
@@ -31,6 +31,7 @@ inspection.register(app)
 ledger.register(app)
 objects.register(app)
 offsets.register(app)
+schemas.register(app)
 development.register(app)
 
 
