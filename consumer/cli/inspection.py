@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from consumer.cli.options import AsJson, Bootstrap, ConfigFile, Url, configuration
-from consumer.cli.output import Failure, say, say_json
+from consumer.cli.output import Failure, note, say, say_json
+from consumer.cli.schemas import opened_registry
 from consumer.cli.service import admin_address, fetch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from consumer.codec import OperationDecoder
     from consumer.config import Config
     from consumer.kafka.tools import Record
+    from consumer.registry import SchemaRegistry
 
 STATE_SECONDS: Final = 5.0
 """Longest wait for the service's state, which it has at hand."""
@@ -66,11 +69,20 @@ def inspect(
 
     Operations are decoded as the service would decode them; records of the output topic as responses.
     """
+    from consumer.kafka.ledger import told
     from consumer.kafka.tools import record_at
 
     settings = configuration(config, bootstrap)
-    record = asyncio.run(record_at(settings, topic, partition, offset))
-    shown = record_fields(record, settings)
+
+    async def look() -> tuple[Record, dict[str, Any]]:
+        record = await record_at(settings, topic, partition, offset)
+        async with opened_registry(settings) as registry:
+            schema_id = _decoder(settings).schema_id(record.value, record.headers)
+            if registry is not None and schema_id is not None and not await told(registry, schema_id):
+                note("the schema registry does not answer: what its schemas say cannot be known now")
+            return record, record_fields(record, settings, registry)
+
+    record, shown = asyncio.run(look())
     if as_json:
         say_json(shown)
         return
@@ -78,8 +90,14 @@ def inspect(
         say(line)
 
 
-def record_fields(record: Record, config: Config) -> dict[str, Any]:
-    """Return a record as ``inspect --json`` has it (contract 7); a response stands under ``response``."""
+def record_fields(record: Record, config: Config, registry: SchemaRegistry | None = None) -> dict[str, Any]:
+    """Return a record as ``inspect --json`` has it (contract 7); a response stands under ``response``.
+
+    Args:
+        record: As it was read.
+        config: How operations are framed, and what is allowed.
+        registry: Has been asked for the schema that the frame names; None = nobody knows it.
+    """
     from consumer.cli.lines import header_pairs
 
     return {
@@ -89,14 +107,28 @@ def record_fields(record: Record, config: Config) -> dict[str, Any]:
         "timestamp": record.timestamp,
         "key_base64": None if record.key is None else base64.b64encode(record.key).decode(),
         "headers": header_pairs(record.headers),
-        **_decoded(record, config),
+        **_decoded(record, config, registry),
     }
 
 
-def _decoded(record: Record, config: Config) -> dict[str, Any]:
+def _decoder(config: Config, registry: SchemaRegistry | None = None) -> OperationDecoder:
+    """Return a decoder like the service's."""
+    from consumer.codec import OperationDecoder
+
+    return OperationDecoder(
+        framing=config.input.framing,
+        record_bytes_max=config.limits.record_bytes,
+        object_bytes_max=config.limits.object_bytes,
+        elements_max=config.limits.avro_elements,
+        usecases=config.usecases,
+        resolver=registry,
+    )
+
+
+def _decoded(record: Record, config: Config, registry: SchemaRegistry | None) -> dict[str, Any]:
     """Return framing, schema id, and what the value is."""
     from consumer.cli.lines import shown
-    from consumer.codec import OperationDecoder, decode_response, operation_fields
+    from consumer.codec import decode_response, operation_fields
     from consumer.errors import DecodeError, OperationDropped
     from consumer.kafka.ledger import unframed
 
@@ -108,15 +140,9 @@ def _decoded(record: Record, config: Config) -> dict[str, Any]:
             return {**frame, "response": shown(decode_response(unframed(record.value, frame["framing"])))}
         except DecodeError as error:
             return {**frame, "error": {"code": error.code, "message": str(error)}}
-    decoder = OperationDecoder(
-        framing=config.input.framing,
-        record_bytes_max=config.limits.record_bytes,
-        object_bytes_max=config.limits.object_bytes,
-        elements_max=config.limits.avro_elements,
-        usecases=config.usecases,
-    )
-    decoded = decoder.decode(record.value, record.headers)
+    decoder = _decoder(config, registry)
     schema_id = decoder.schema_id(record.value, record.headers)
+    decoded = decoder.decode(record.value, record.headers)
     framing = None
     if record.value is not None:
         framing = "bare" if schema_id is None else "confluent"

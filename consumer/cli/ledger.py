@@ -13,6 +13,7 @@ import typer
 
 from consumer.cli.options import AsJson, Bootstrap, ConfigFile, DryRun, Yes, configuration
 from consumer.cli.output import EXIT_USAGE, Failure, complain, confirm, note, say, say_json
+from consumer.cli.schemas import opened_registry
 
 if TYPE_CHECKING:
     from consumer.config import Config
@@ -100,8 +101,15 @@ def verify(
     elif isinstance(first, datetime):
         begin = first - timedelta(seconds=CLOCK_SECONDS)
     topics = [topic] if topic is not None else list(settings.input.topics)
+
+    async def run() -> Verdict:
+        async with opened_registry(settings) as registry:
+            return await compare(
+                settings, topics, first, last, responses_from=begin, wait_seconds=seconds, registry=registry
+            )
+
     try:
-        verdict = asyncio.run(compare(settings, topics, first, last, responses_from=begin, wait_seconds=seconds))
+        verdict = asyncio.run(run())
     except TooManyOffsets as error:
         raise Failure(str(error), "narrow it with --from and --to, or name one --topic", exit_code=EXIT_USAGE) from None
     lines = _verdict_json(verdict) if as_json else _verdict_text(verdict)

@@ -13,8 +13,8 @@ topics:
    or stands for an offset that has none, or cannot be read (then it is named by its own place in the output topic).
 
 What cannot be known here is not judged: policies and limits may have been others when the record was processed, so a
-decoded operation may have failed for any reason that its kind can have; values framed with a registry's id are taken as
-they were answered; a generated key may be any.
+decoded operation may have failed for any reason that its kind can have; a schema that the registry knows now may have
+been unknown then, and one that it does not tell now is taken as it was answered; a generated key may be any.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from zlib import crc32
 
 from aiokafka import TopicPartition
 
+from consumer.avro_schemas import OPERATION_FINGERPRINT
 from consumer.codec import Decoded, Headers, OperationDecoder, decode_response
 from consumer.config import GIB, Config
 from consumer.errors import POISON_CODES, STATUS_BY_CODE, DecodeError, TierstreamError
@@ -40,6 +41,8 @@ from consumer.responses import response_id
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
+
+    from consumer.registry import SchemaRegistry
 
 OFFSETS_MAX: Final = 100_000_000
 """Offsets of one run, over all partitions: half a gigabyte of memory. More are verified range by range."""
@@ -53,6 +56,11 @@ LOOK_AGAIN_SECONDS: Final = 0.5
 # Of the byte of an offset, the low half says what was seen, the high half what kind of answer is expected.
 _KNOWN, _ANSWERED, _DUPLICATED, _MISMATCHED = 1, 2, 4, 8
 _ANYTHING, _POISON, _INSERT, _KEYLESS, _GET, _HEAD, _DELETE = range(0, 112, 16)
+_EXPECTATION, _FRAMED = 0x70, 0x80
+"""The bits of the above, and of a value whose schema only the registry knows."""
+
+REGISTRY_SECONDS: Final = 20.0
+"""Longest wait for the registry to tell a schema; its records are then taken as they were answered."""
 
 _EXPECTED: Final = {"insert": _INSERT, "get": _GET, "head": _HEAD, "delete": _DELETE}
 
@@ -105,16 +113,16 @@ class PartitionLedger:
         self._flags = bytearray(size)
         self._digests = array("I", bytes(4 * size))
 
-    def enter(self, offset: int, decoded: Decoded, *, unknown: bool = False) -> None:
+    def enter(self, offset: int, decoded: Decoded, *, framed: bool = False) -> None:
         """Enter an input record of the span.
 
         Args:
             offset: Its offset.
             decoded: What became of its value.
-            unknown: It cannot be known here what the answer has to be.
+            framed: Only a registry knows its schema, if that; so it may have been, or be now, an unknown one.
         """
         at = offset - self.span.start
-        if unknown:
+        if framed and decoded.error is not None and decoded.error.code == "unknown_schema":
             expected, code = _ANYTHING, None
         elif decoded.poison:
             expected, code = _POISON, decoded.error.code if decoded.error is not None else None
@@ -125,7 +133,7 @@ class PartitionLedger:
         context = decoded.context
         scopes = None if context is None else (context.usecase, [(one.name, one.value) for one in context.scopes])
         self.records += not self._flags[at] & _KNOWN
-        self._flags[at] = _KNOWN | expected
+        self._flags[at] = _KNOWN | expected | (_FRAMED if framed else 0)
         self._digests[at] = _digest(decoded.kind, decoded.key, decoded.request_id, scopes, code)
 
     def answer(self, offset: int, response: Mapping[str, Any] | None, headers: Headers = ()) -> str | None:
@@ -144,7 +152,7 @@ class PartitionLedger:
         elif response is None:
             problem = "the response cannot be decoded"
         else:
-            problem = self._contradiction(offset, flags & 0xF0, self._digests[at], response)
+            problem = self._contradiction(offset, flags, self._digests[at], response)
             problem = problem or _header_contradiction(response, headers)
         if flags & _KNOWN and not flags & _ANSWERED:
             self.answered += 1
@@ -169,14 +177,16 @@ class PartitionLedger:
         for found in re.finditer(b"[" + re.escape(values) + b"]", self._flags):
             yield response_id(self.span.topic, self.span.partition, self.span.start + found.start())
 
-    def _contradiction(self, offset: int, expected: int, digest: int, response: Mapping[str, Any]) -> str | None:
-        span = self.span
+    def _contradiction(self, offset: int, flags: int, digest: int, response: Mapping[str, Any]) -> str | None:
+        span, expected = self.span, flags & _EXPECTATION
         if response["source"] != {"topic": span.topic, "partition": span.partition, "offset": offset}:
             return "its source is another record than its id says"
         if response["index"] != offset:
             return f"its index is {response['index']}"
         result = response["result"]
         code = result["code"] if result["type"] == "Failure" else None
+        if flags & _FRAMED and code == "unknown_schema":
+            expected = _ANYTHING
         problem = _result_contradiction(expected, result, response["status"])
         if problem is not None or expected == _ANYTHING:
             return problem
@@ -334,6 +344,7 @@ async def verify(
     *,
     responses_from: Position = "earliest",
     wait_seconds: float = 0.0,
+    registry: SchemaRegistry | None = None,
 ) -> Verdict:
     """Read *topics* from *start* to *end*, then the output topic, and compare.
 
@@ -344,6 +355,7 @@ async def verify(
         end: Where to stop, per partition; that record is not looked at.
         responses_from: Where the output topic is read from; it has to be before the first response of the range.
         wait_seconds: How long to go on looking for responses that are still missing.
+        registry: Knows the schemas that frames name; None = nobody does.
 
     Raises:
         ClusterUnavailable: no broker answers, or records that exist do not come.
@@ -356,8 +368,8 @@ async def verify(
         record_bytes_max=config.limits.record_bytes,
         object_bytes_max=64 * GIB,  # larger than any record: whether an object was too large is not judged here
         elements_max=config.limits.avro_elements,
+        resolver=registry,
     )
-    registry = config.schema_registry.url is not None
     offsets = 0
     for topic in topics:
         committed_only = config.input.isolation == "read_committed"
@@ -368,7 +380,7 @@ async def verify(
                 raise TooManyOffsets(f"the range has {offsets} offsets, and at most {OFFSETS_MAX} are verified at once")
             for span in spans.values():
                 verdict.ledgers[topic, span.partition] = PartitionLedger(span)
-            await _enter_all(reader, spans, verdict, decoder, registry=registry)
+            await _enter_all(reader, spans, verdict, decoder, registry)
     await _answer_all(config, verdict, responses_from, wait_seconds)
     return verdict
 
@@ -384,15 +396,30 @@ async def _enter_all(
     spans: Mapping[TopicPartition, Span],
     verdict: Verdict,
     decoder: OperationDecoder,
-    *,
-    registry: bool,
+    registry: SchemaRegistry | None,
 ) -> None:
+    silent: set[str] = set()
     for partition, span in spans.items():
         reader.seek(partition, span.start)
     async for record in read_until(reader, {partition: span.end for partition, span in spans.items()}):
+        framed = False
+        if registry is not None:
+            schema_id = decoder.schema_id(record.value, record.headers)
+            framed = schema_id not in {None, OPERATION_FINGERPRINT}
+            if framed and schema_id is not None and schema_id not in silent and not await told(registry, schema_id):
+                silent.add(schema_id)
         decoded = decoder.decode(record.value, record.headers)
-        unknown = registry and decoded.error is not None and decoded.error.code == "unknown_schema"
-        verdict.ledgers[record.topic, record.partition].enter(record.offset, decoded, unknown=unknown)
+        verdict.ledgers[record.topic, record.partition].enter(record.offset, decoded, framed=framed)
+
+
+async def told(registry: SchemaRegistry, schema_id: str) -> bool:
+    """Wait until *registry* has told what a schema is, bounded; False where it does not."""
+    try:
+        async with asyncio.timeout(REGISTRY_SECONDS):
+            await registry.ensure(schema_id)
+    except TimeoutError:
+        return False
+    return True
 
 
 async def _answer_all(config: Config, verdict: Verdict, begin: Position, wait_seconds: float) -> None:

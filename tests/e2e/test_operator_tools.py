@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,9 +15,10 @@ import yaml
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from brokers import Broker, wait_until
+from registry_stub import StandingRegistry, by_id
 from service_process import command_line
 from stages import SetStage, Stage
-from wire import METADATA, datum, operation
+from wire import METADATA, SCHEMAS, datum, operation
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
@@ -418,3 +420,34 @@ class TestRunningService:
         assert all(row["words"].startswith(f"partition {row['topic']}/{row['partition']} ") for row in rows)
         assert top.stdout.startswith("tierstream running")
         assert top.stdout.count(f"{stage.ledger.input}/") == 2
+
+
+class TestRegistry:
+    """Values whose schema only a registry knows."""
+
+    @pytest.fixture
+    def registry(self) -> Iterator[StandingRegistry]:
+        """A schema registry that knows the operation's schema as number 1."""
+        standing = StandingRegistry()
+        standing.stub.add((SCHEMAS / "operation.avsc").read_text(encoding="utf-8"))
+        yield standing
+        standing.close()
+
+    def test_they_are_asked_for_and_held_against_their_responses(
+        self, desk: Desk, registry: StandingRegistry
+    ) -> None:
+        """Contract 2.4: `verify` and `inspect` decode them as the service does."""
+        desk.tree["schema_registry"] = {"url": registry.stub.url}
+        for schema_id, key in ((1, "right"), (1, "wrong"), (2, "unknown")):
+            desk.put(desk.operations, by_id(schema_id, operation("delete", key)))
+        desk.respond(0, "delete", "right", ("Deleted", {}), 204)
+        desk.respond(1, "delete", "another", ("Deleted", {}), 204)
+        desk.respond(2, "delete", "unknown", ("Deleted", {}), 204)
+
+        found = desk.json("verify", code=1)
+        shown = desk.json("inspect", desk.operations, "0", "0")
+
+        assert found["mismatched"] == [f"{desk.operations}/0/1"]
+        assert (found["missing"], found["duplicated"]) == ([], [])
+        assert (shown["framing"], shown["schema_id"]) == ("confluent", "1")
+        assert shown["operation"]["body"] == {"type": "Delete", "key": "right"}

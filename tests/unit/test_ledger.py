@@ -14,6 +14,7 @@ import pytest
 from consumer.codec import OperationDecoder, ResponseEncoder, decode_response, encode_operation
 from consumer.errors import (
     BackendUnavailable,
+    DecodeError,
     InvalidOperation,
     OperationPanic,
     ReferenceFailure,
@@ -258,12 +259,24 @@ class TestMatching:
         """Values whose schema only a registry knows."""
         ledger = PartitionLedger(Span("t", 3, 100, 102))
         for offset in (100, 101):
-            ledger.enter(offset, decoder.decode(b"\x00\x00\x00\x00\x09x"), unknown=True)
+            ledger.enter(offset, decoder.decode(b"\x00\x00\x00\x00\x09x"), framed=True)
         right = response_to(100, encode_operation(INSERT, "r"), GOOD[0][1])
         wrong = {**response_to(101, encode_operation(INSERT, "r"), GOOD[0][1]), "index": 100}
 
         assert ledger.answer(100, right) is None
         assert ledger.answer(101, wrong)
+
+    def test_a_schema_known_now_may_have_been_unknown_then(self) -> None:
+        """It was registered later; without a frame there is no such excuse."""
+        record = encode_operation(INSERT, "r")
+        bare, framed = ledger_of(record), PartitionLedger(Span("t", 3, 100, 102))
+        for offset in (100, 101):
+            framed.enter(offset, decoder.decode(record), framed=True)
+        unknown = response_to(100, None, DecodeError("nobody knows it", code="unknown_schema"))
+
+        assert framed.answer(100, unknown) is None
+        assert framed.answer(101, response_to(101, encode_operation(INSERT, "other"), GOOD[0][1]))
+        assert bare.answer(100, unknown)
 
 
 class TestAttribution:
