@@ -451,3 +451,44 @@ class TestRegistry:
         assert (found["missing"], found["duplicated"]) == ([], [])
         assert (shown["framing"], shown["schema_id"]) == ("confluent", "1")
         assert shown["operation"]["body"] == {"type": "Delete", "key": "right"}
+
+
+class TestStorage:
+    """`storage` on the files of a running service."""
+
+    def test_objects_are_looked_at_checked_and_removed_beside_it(self, set_stage: SetStage, embedded: Broker) -> None:
+        """Contract 7: nothing it does harms what the service does, and the service sees it."""
+        stage = set_stage(embedded, storage={"threshold": "1KiB"})
+        stage.start(partitions=2)
+        ledger = stage.ledger
+        ledger.operate("insert", "small", b"a payload")
+        ledger.operate("insert", "large", b"x" * 5000)
+        ledger.operate("insert", "large", b"y" * 5000)
+        ledger.wait_answered()
+        path = stage.folder / "storage.yaml"
+        path.write_text(yaml.safe_dump(stage.config), encoding="utf-8")
+
+        def run(*arguments: str, code: int = 0) -> str:
+            done = command_line("storage", *arguments, "--config", str(path), cwd=stage.folder)
+            assert done.returncode == code, done.stderr
+            return done.stdout
+
+        small = ("e2e", "small", "--scope", "org=1")
+        assert run("get", *small) == "a payload"
+        assert run("get", "e2e/org.1/objects/large") == "y" * 5000
+        assert json.loads(run("head", "e2e/org.1/objects/large", "--json"))["tier"] == "long_term"
+
+        def settled() -> bool:
+            """The replaced revision is removed in the background."""
+            found = json.loads(run("verify", "--min-age", "0s", "--json"))
+            assert (found["orphans"], found["dangling"]) == ([], [])
+            return bool(found["revisions"] == 1 and found["changes"] == 0)
+
+        wait_until(settled, 30, "the replaced revision to go")
+        run("rm", *small, "--yes")
+        run("rm", "e2e/org.1/objects/large", "--yes")
+
+        for key in ("small", "large"):
+            assert ledger.answer(ledger.operate("get", key, statuses={404})).status == 404
+        assert json.loads(run("verify", "--json"))["revisions"] == 0
+        assert verify(stage, "--wait", "20s")["missing"] == []

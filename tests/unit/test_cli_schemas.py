@@ -139,13 +139,13 @@ class TestResolution:
     """Which writers a reader understands."""
 
     @pytest.mark.parametrize(("reader", "writer"), UNDERSTOOD)
-    def test_understood(self, reader: Any, writer: Any) -> None:
+    def test_what_the_rules_allow_is_understood(self, reader: Any, writer: Any) -> None:
         """Avro specification, schema resolution; Apache's library agrees."""
         assert problems(reader, writer) == []
         assert oracle(reader, writer)
 
     @pytest.mark.parametrize(("reader", "writer", "problem"), MISUNDERSTOOD)
-    def test_misunderstood(self, reader: Any, writer: Any, problem: str) -> None:
+    def test_what_they_do_not_is_named(self, reader: Any, writer: Any, problem: str) -> None:
         """As above; the place is named."""
         (found,) = problems(reader, writer)
 
