@@ -32,6 +32,9 @@ SILENCE_SECONDS: Final = 20.0
 """Longest wait for records or acknowledgements that have to come."""
 FETCH_MS: Final = 500
 """Longest wait of one fetch; how quickly the end of a topic is noticed."""
+RECORDS_AT_ONCE: Final = 500
+"""Records taken from a fetch at a time. Compressed ones are unpacked only then: a fetch of a few MiB may hold hundreds
+of thousands, and 1 KB of memory each."""
 UNACKNOWLEDGED_MAX: Final = 2_000
 """Records on their way at a time."""
 BATCH_OVERHEAD_BYTES: Final = 200
@@ -314,7 +317,7 @@ async def ends_of(reader: AIOKafkaConsumer, partitions: list[TopicPartition]) ->
 
 async def _fetched(reader: AIOKafkaConsumer) -> list[Record]:
     try:
-        batches = await reader.getmany(timeout_ms=FETCH_MS)
+        batches = await reader.getmany(timeout_ms=FETCH_MS, max_records=RECORDS_AT_ONCE)
     except KafkaError as error:
         raise ClusterRefusal(f"cannot read: {type(error).__name__}") from error
     return list(chain.from_iterable(batches.values()))

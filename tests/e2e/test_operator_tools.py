@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import time
@@ -15,6 +16,8 @@ import yaml
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from brokers import Broker, wait_until
+from consumer.config import load
+from consumer.kafka import tools
 from registry_stub import StandingRegistry, by_id
 from service_process import command_line
 from stages import SetStage, Stage
@@ -492,3 +495,37 @@ class TestStorage:
             assert ledger.answer(ledger.operate("get", key, statuses={404})).status == 404
         assert json.loads(run("verify", "--json"))["revisions"] == 0
         assert verify(stage, "--wait", "20s")["missing"] == []
+
+
+async def test_a_fetch_of_many_small_records_is_unpacked_bit_by_bit(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few MiB of compressed records are hundreds of MiB unpacked: memory stays bounded, whatever they compress to."""
+    count = tools.RECORDS_AT_ONCE * 4 + 1
+
+    def fill() -> None:
+        producer = Producer(
+            {"bootstrap.servers": desk.broker.bootstrap, "compression.type": "lz4", "linger.ms": 100, "log_level": 0}
+        )
+        for _ in range(count):
+            producer.produce(desk.operations, b"x" * 100, partition=0)
+        assert producer.flush(20) == 0
+
+    await asyncio.to_thread(fill)
+    path = desk.folder / "config.yaml"
+    path.write_text(yaml.safe_dump(desk.tree), encoding="utf-8")
+    taken: list[int] = []
+    async with tools.open_reader(load(path, {}), desk.operations, 0) as (reader, (place,), _, ends):
+        getmany = reader.getmany
+
+        async def watched(**given: Any) -> Any:
+            batches = await getmany(**given)
+            taken.append(sum(map(len, batches.values())))
+            return batches
+
+        monkeypatch.setattr(reader, "getmany", watched)
+        reader.seek(place, 0)
+        offsets = [record.offset async for record in tools.read_until(reader, ends)]
+
+    assert offsets == list(range(count))
+    assert max(taken) <= tools.RECORDS_AT_ONCE
