@@ -204,6 +204,9 @@ class Publisher:
         """Failures since the last acknowledgement."""
         self._sending_bytes = 0
         self._room = asyncio.Event()
+        self._handing_over: set[asyncio.Timeout] = set()
+        """Of every batch the producer has not taken yet: it may be waiting for metadata that never come to a producer
+        that was ended meanwhile (the client forgets who waits for them), so whoever ends it ends these waits."""
         self._late: set[Lane] = set()
         """Lanes whose batch has waited for the attempt timeout."""
         self._was_stuck = False
@@ -288,15 +291,23 @@ class Publisher:
         """Send a batch of *size* bytes and wait for its acknowledgement; being stuck is told, not raised.
 
         Raises:
-            KafkaError: the batch failed, or the producer was thrown away.
+            KafkaError, TimeoutError: the batch failed, or the producer was thrown away.
         """
         while self._sending_bytes and self._sending_bytes + size > SENDING_BYTES_MAX:
             self._room.clear()
             await self._room.wait()
+        if producer is not self._usable:
+            raise KafkaError("the producer was thrown away")
         self._sending_bytes += size
         timer = asyncio.get_running_loop().call_later(self._attempt_timeout, self._is_late, lane)
         try:
-            await (await producer.send_batch(batch, lane.topic, partition=lane.partition))
+            async with asyncio.timeout(None) as handing_over:
+                self._handing_over.add(handing_over)
+                try:
+                    written = await producer.send_batch(batch, lane.topic, partition=lane.partition)
+                finally:
+                    self._handing_over.discard(handing_over)
+            await written
         finally:
             timer.cancel()
             self._late.discard(lane)
@@ -356,6 +367,8 @@ class Publisher:
                 await self._broken.wait()
             await discard(producer, DISCARD_TIMEOUT_SECONDS)
             self._owned = None
+            for handing_over in self._handing_over:
+                handing_over.reschedule(asyncio.get_running_loop().time())
             if self._failures:
                 await asyncio.sleep(BACKOFF_SECONDS[min(self._failures, len(BACKOFF_SECONDS)) - 1])
 

@@ -546,6 +546,33 @@ async def test_a_batch_of_another_lane_may_finish_with_the_old_producer(
     assert keys(embedded, topic, 1) == list(range(10))
 
 
+async def test_a_batch_that_waits_for_metadata_of_a_producer_thrown_away_is_sent_by_the_next(
+    embedded: Broker, make: Callable[..., Publisher]
+) -> None:
+    """H18, rule 5: who waits for metadata when the client is closed waits for ever; a lane must not."""
+    waiting = asyncio.Event()
+
+    class FailsWhileAnotherWaits(Sending):
+        async def send_batch(self, batch: BatchBuilder, topic: str, *, partition: int) -> asyncio.Future[Any]:
+            if topic == patient:
+                waiting.set()
+                await asyncio.get_running_loop().create_future()  # as for metadata; nobody else knows of it
+            await waiting.wait()
+            raise KafkaError("not sent")
+
+    failing, patient = embedded.create_topic("failing"), embedded.create_topic("patient")
+    publisher = make(Producers(embedded.bootstrap, FailsWhileAnotherWaits, AIOKafkaProducer))
+    await publisher.start()
+    owners = [Owner(), Owner()]
+    for topic, owner in zip((failing, patient), owners, strict=True):
+        owner.hand_in(publisher.lane(topic, 0), range(10))
+    for owner in owners:
+        await owner.until_answered(10)
+
+    assert [owner.acknowledged_tokens for owner in owners] == [list(range(10))] * 2
+    assert keys(embedded, patient) == list(range(10))
+
+
 async def test_failures_in_a_row_are_spaced_out_until_one_batch_is_acknowledged(
     embedded: Broker, make: Callable[..., Publisher], lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
