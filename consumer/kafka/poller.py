@@ -7,6 +7,7 @@ Tasks, each with one job, so that none can hold up another:
 * *prepare*, one for each generation: start offsets, windows in sorted order, gates. Spawned by the rebalance callback,
   which itself returns at once, since no heartbeat is sent while it runs (H12).
 * *commit* sends the watermarks when the schedule says so, one commit at a time, each with a deadline (H10, H17).
+* *log ends* asks how far the partitions go that are not being fetched, as only fetches tell that by themselves.
 
 A rebalance, told by aiokafka's listener:
 
@@ -19,14 +20,17 @@ A rebalance, told by aiokafka's listener:
    process waits for it (``recovering``), so no record runs twice at the same time here.
 
 Any exception out of ``getmany`` means that positions are no longer what was handed out (H1): every open partition is
-sought to its own cursor again. The client's background tasks can die while polling goes on finding nothing (H3, H17c);
-poll looks at them each time round and ends the process with *fatal*, as a restart is right then.
+sought to its own cursor again. Where what the client has fetched of a partition cannot be read (a damaged batch), that
+partition is set aside for a while, or it would take the others' records with it again and again. The client's
+background tasks can die while polling goes on finding nothing (H3, H17c); poll looks at them each time round and ends
+the process with *fatal*, as a restart is right then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -85,7 +89,18 @@ RETRY_BACKOFF_SECONDS = (0.25, 0.5, 1.0, 2.0, 5.0)
 """Waits after failures of the broker; the last one repeats."""
 
 STARVED_SECONDS = 60.0
-"""A partition with lag and no window for this long makes the service not ready (contract 8)."""
+"""A partition with lag and no window for this long makes the service not ready (contract 8); so does one that cannot be
+opened, and one whose fetches nobody answers."""
+
+LOG_END_SECONDS = 5.0
+"""How often the end of the log is asked for where no fetch tells it: one small request to each broker. Partitions
+without a window are told apart by it, those with lag from those without."""
+
+UNREADABLE_SECONDS = 5.0
+"""How long a partition is set aside of which something cannot be read: each attempt has the others fetch again."""
+
+POLL_FAILURES_MAX = 3
+"""Polls that fail one after the other before the service counts as not ready; one alone is a rebalance or a hiccup."""
 
 _NOWHERE = TopicPartition("-", 0)
 """Polled when no partition wants records: keeps the member alive (H16b) without draining any partition's buffer."""
@@ -175,6 +190,15 @@ class Poller(ConsumerRebalanceListener):
         self._older_runs: dict[TopicPartition, StreamExecutor] = {}
         self._short_of_bytes = False
         self._lost = False
+        self._generation = -1
+        """Of the group, when the partitions were assigned."""
+        self._assigned_at = time.monotonic()
+        self._fetching_since: dict[TopicPartition, float] = {}
+        self._unreadable: dict[TopicPartition, str] = {}
+        """Set aside: what the client could not read."""
+        self._poll_failures = 0
+        """In a row."""
+        self._poll_error = ""
         self._map_characters_max = CHARACTERS_MAX
         self._releasing = asyncio.Lock()
         self._committing = asyncio.Lock()
@@ -184,6 +208,7 @@ class Poller(ConsumerRebalanceListener):
         self._prepare_task: asyncio.Task[None] | None = None
         self._poll_task: asyncio.Task[None] | None = None
         self._commit_task: asyncio.Task[None] | None = None
+        self._log_end_task: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------------------------------------ start and stop
 
@@ -196,6 +221,7 @@ class Poller(ConsumerRebalanceListener):
         self._consumer.subscribe(self._topics, listener=self)
         self._poll_task = self._spawn(self._poll(), "poll")
         self._commit_task = self._spawn(self._commit_when_due(), "commit")
+        self._log_end_task = self._spawn(self._ask_for_log_ends(), "log ends")
 
     async def stop(self, drain_timeout_seconds: float, stop_timeout_seconds: float) -> bool:
         """Drain, commit, leave the group.
@@ -210,6 +236,7 @@ class Poller(ConsumerRebalanceListener):
         self._stopping = True
         await _end(self._poll_task)
         await _end(self._commit_task)
+        await _end(self._log_end_task)
         done = await self._release(drain_timeout_seconds)
         await _end(self._prepare_task)
         if self._consumer is not None:
@@ -232,28 +259,30 @@ class Poller(ConsumerRebalanceListener):
 
     async def _poll(self) -> None:
         consumer = self._client
-        failures = 0
         while True:
             self._check_client()
+            wanted = tuple(self._fetching)
             try:
-                if self._fetching:
-                    fetched = await consumer.getmany(
-                        *self._fetching, timeout_ms=POLL_MILLISECONDS, max_records=POLL_RECORDS_MAX
-                    )
-                else:
-                    await consumer.getmany(_NOWHERE, timeout_ms=0)
-                    await self._until_opened()
-                    continue
+                fetched = await consumer.getmany(
+                    *(wanted or (_NOWHERE,)), timeout_ms=POLL_MILLISECONDS * bool(wanted), max_records=POLL_RECORDS_MAX
+                )
             except OffsetOutOfRangeError as error:
                 await self._reset(error.args[0])
             except Exception as error:  # noqa: BLE001 - H1: whatever it was, positions are not to be trusted
-                log.warning("poll failed", error=repr(error), failures=failures + 1)
+                unreadable = self._unreadable_partition()
                 self._seek_all()
-                await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])
-                failures += 1
+                if unreadable is not None:
+                    self._set_aside(unreadable, error)
+                    continue
+                self._poll_error = repr(error)
+                log.warning("poll failed", error=self._poll_error, failures=self._poll_failures + 1)
+                await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(self._poll_failures, len(RETRY_BACKOFF_SECONDS) - 1)])
+                self._poll_failures += 1
             else:
-                failures = 0
+                self._poll_failures = 0
                 self._hand_over(fetched)
+                if not wanted:
+                    await self._until_opened()
 
     def _hand_over(self, fetched: Mapping[TopicPartition, list[Any]]) -> None:
         """Give records to their assignments; stop fetching where enough is buffered, in the same step of the loop."""
@@ -288,12 +317,14 @@ class Poller(ConsumerRebalanceListener):
             and assignment.wants_records
             and not assignment.fetching
             and not assignment.out_of_range
+            and partition not in self._unreadable
             and not self._short_of_bytes
         ):
             # No seek: what was prefetched before the pause is still there, as paused partitions are not asked for (H7).
             with suppress(IllegalStateError):
                 self._client.resume(partition)
                 assignment.fetching = True
+                self._fetching_since[partition] = time.monotonic()
                 self._fetching[partition] = assignment
                 self._opened.set()
 
@@ -301,6 +332,34 @@ class Poller(ConsumerRebalanceListener):
         for partition, assignment in self._fetching.items():
             with suppress(IllegalStateError):
                 self._client.seek(partition, assignment.cursor)
+
+    def _unreadable_partition(self) -> TopicPartition | None:
+        """Find the partition at whose records the last poll broke off; private names, held by a test."""
+        fetcher: Any = self._client._fetcher  # noqa: SLF001 - told nowhere else
+        for partition, result in fetcher._records.items():  # noqa: SLF001 - told nowhere else
+            records = getattr(result, "_partition_records", None)
+            reading = getattr(records, "_records_iterator", None)
+            if reading is not None and reading.gi_frame is None:  # a generator that has raised
+                return partition if partition in self._fetching else None
+        return None
+
+    def _set_aside(self, partition: TopicPartition, error: Exception) -> None:
+        """Fetch a partition no more for a while, since something in it cannot be read."""
+        assignment = self._fetching[partition]
+        self._stop_fetching(partition)
+        self._unreadable[partition] = repr(error)
+        log.error(
+            "partition cannot be read: trying again later",
+            **_named(partition),
+            offset=assignment.cursor,
+            error=repr(error),
+        )
+        asyncio.get_running_loop().call_later(UNREADABLE_SECONDS, self._try_to_read, partition, assignment)
+
+    def _try_to_read(self, partition: TopicPartition, assignment: Assignment) -> None:
+        if self._assignments.get(partition) is assignment:
+            del self._unreadable[partition]
+            self._refill(assignment)
 
     async def _reset(self, offsets: Mapping[TopicPartition, int]) -> None:
         """Start offsets that no longer exist: by configuration an alarm, or a jump that is said aloud."""
@@ -346,7 +405,11 @@ class Poller(ConsumerRebalanceListener):
             ClientDead: one of them has ended.
         """
         consumer = self._client
-        for owner, name in ((consumer._fetcher, "_fetch_task"), (consumer._coordinator, "_coordination_task")):  # noqa: SLF001
+        for owner, name in (
+            (consumer._fetcher, "_fetch_task"),  # noqa: SLF001
+            (consumer._coordinator, "_coordination_task"),  # noqa: SLF001
+            (consumer._client, "_sync_task"),  # noqa: SLF001
+        ):
             task = getattr(owner, name)
             if task is not None and task.done():
                 raise ClientDead(f"the client's {name} has ended: {_why(task)}")
@@ -367,15 +430,26 @@ class Poller(ConsumerRebalanceListener):
         """Aiokafka's callback; returns without waiting for anything (H12)."""
         if self._stopping:
             return
-        self._epoch += 1
-        self._lost = False
-        with suppress(IllegalStateError):
-            self._client.pause(*assigned)
-        names = [f"{partition.topic}/{partition.partition}" for partition in sorted(assigned)]
-        log.info("partitions assigned", epoch=self._epoch, partitions=names)
-        if self._prepare_task is not None:
-            self._prepare_task.cancel()
-        self._prepare_task = self._spawn(self._prepare(sorted(assigned)), f"prepare epoch {self._epoch}")
+        try:
+            self._epoch += 1
+            self._lost = False
+            self._generation = self._generation_now()
+            self._assigned_at = time.monotonic()
+            with suppress(IllegalStateError):
+                self._client.pause(*assigned)
+            names = [f"{partition.topic}/{partition.partition}" for partition in sorted(assigned)]
+            log.info("partitions assigned", epoch=self._epoch, partitions=names)
+            if self._prepare_task is not None:
+                self._prepare_task.cancel()
+            self._prepare_task = self._spawn(self._prepare(sorted(assigned)), f"prepare epoch {self._epoch}")
+        except Exception as error:
+            self._fatal(error)  # aiokafka only logs what a callback raises (H14)
+            raise
+
+    def _generation_now(self) -> int:
+        """Return the group's generation as the client believes; it forgets it when it hears that it was expelled."""
+        coordinator = self._client._coordinator  # noqa: SLF001 - told nowhere else
+        return -1 if coordinator is None else int(coordinator.generation)
 
     async def _release(self, drain_timeout_seconds: float) -> bool:
         """Give all partitions up: gates, drain, commit. A second caller waits for the first and finds nothing left.
@@ -393,34 +467,35 @@ class Poller(ConsumerRebalanceListener):
                 assignment.close_gate()
                 assignment.fetching = False
             self._fetching.clear()
+            self._unreadable.clear()
             self._short_of_bytes = False
-            outcome: RebalanceOutcome = "drained"
+            outcomes: dict[TopicPartition, RebalanceOutcome] = dict.fromkeys(leaving, "drained")
             # On a stop nobody takes the partitions meanwhile, and a commit that hangs would use up the drain's time.
             if leaving and not self._stopping and await self._commit(COMMIT_TIMEOUT_SECONDS) == "lost":
-                outcome = "lost"
+                outcomes = dict.fromkeys(leaving, "lost")
             elif leaving:
                 remaining = max(0.0, drain_timeout_seconds - (time.monotonic() - began))
                 drained = await asyncio.gather(*(one.drain(remaining) for one in leaving.values()))
-                if not all(drained):
-                    outcome = "timeout"
+                outcomes |= {partition: "timeout" for partition, done in zip(leaving, drained, strict=True) if not done}
                 committed = await self._commit(COMMIT_TIMEOUT_SECONDS)
-                if committed != "success" and not self._all_committed():
-                    outcome = "lost" if committed == "lost" else "timeout"
+                if committed != "success":
+                    outcomes |= dict.fromkeys(self._uncommitted(), "lost" if committed == "lost" else "timeout")
             self._assignments = {}
             for partition, assignment in leaving.items():
                 running = await assignment.abandon()
                 if running is not None:
                     self._older_runs[partition] = running
-                self._pipeline.counts.drained(outcome, time.monotonic() - began)
+                self._pipeline.counts.drained(outcomes[partition], time.monotonic() - began)
             writers, self._writers = self._writers, {}
             await asyncio.gather(*(writer.stop() for writer in writers.values()))
             if leaving:
                 seconds = round(time.monotonic() - began, 3)
-                log.info("partitions released", epoch=self._epoch, count=len(leaving), outcome=outcome, seconds=seconds)
-            return outcome == "drained"
+                log.info("partitions released", epoch=self._epoch, seconds=seconds, outcomes=Counter(outcomes.values()))
+            return set(outcomes.values()) <= {"drained"}
 
-    def _all_committed(self) -> bool:
-        return all(self._assignments[partition].committed is None for partition in self._commit_points())
+    def _uncommitted(self) -> list[TopicPartition]:
+        """Partitions with finished work that is not committed; a start that was only chosen is none."""
+        return [partition for partition in self._commit_points() if self._assignments[partition].committed is not None]
 
     async def _prepare(self, partitions: list[TopicPartition]) -> None:
         """Reserve windows, find start offsets, open gates."""
@@ -641,6 +716,8 @@ class Poller(ConsumerRebalanceListener):
             await self._advance_over_gaps()
             began, epoch = time.monotonic(), self._epoch
             points = self._commit_points()
+            # Without a membership, what is committed counts where the group is empty, though others were in it (H16f).
+            self._lost = self._lost or bool(self._assignments and self._generation_now() != self._generation)
             if not points or self._lost:
                 return "lost" if self._lost else "success"
             if self._writers:
@@ -739,28 +816,65 @@ class Poller(ConsumerRebalanceListener):
         return states
 
     def _look_at_the_log_end(self, partition: TopicPartition) -> None:
-        """Take over the high watermark that came with the last fetch, where there was one."""
-        if partition in self._client.assignment():
+        """Take over the high watermark that came with the last fetch, where fetches tell it."""
+        assignment = self._assignments[partition]
+        if assignment.fetching and partition in self._client.assignment():
             end = self._client.highwater(partition)
             if end is not None:
-                self._assignments[partition].high_watermark = end
+                assignment.high_watermark = end
+
+    async def _ask_for_log_ends(self) -> None:
+        """Ask again and again for the log ends that no fetch tells."""
+        while True:
+            await asyncio.sleep(LOG_END_SECONDS)
+            untold = {partition: one for partition, one in self._assignments.items() if one.begun and not one.fetching}
+            if not untold:
+                continue
+            try:
+                async with asyncio.timeout(LOG_END_SECONDS):
+                    ends = await self._client.end_offsets(list(untold))
+            except (KafkaError, OSError, TimeoutError) as error:
+                log.warning("log ends unknown", partitions=len(untold), error=repr(error))
+                continue
+            for partition, end in ends.items():
+                if not untold[partition].fetching:
+                    untold[partition].high_watermark = end
 
     def not_ready(self) -> list[str]:
         """Reasons why the service should not count as ready."""
-        reasons = []
         if self._consumer is None:
-            reasons.append("not connected to the broker")
-        elif self.rebalancing:
-            reasons.append("rebalancing")
+            return ["not connected to the broker"]
+        if self.rebalancing:
+            return ["rebalancing"]
+        reasons = [
+            f"topic {topic} does not exist" for topic in self._topics if not self._client.partitions_for_topic(topic)
+        ]
+        if self._poll_failures >= POLL_FAILURES_MAX:
+            reasons.append(f"polling fails: {self._poll_error}")
         now = time.monotonic()
         for partition, assignment in sorted(self._assignments.items()):
             name = f"{partition.topic}/{partition.partition}"
             if assignment.out_of_range:
                 reasons.append(f"{name}: offset out of range")
+            if partition in self._unreadable:
+                reasons.append(f"{name}: cannot be read: {self._unreadable[partition]}")
+            if not assignment.begun and now - self._assigned_at >= STARVED_SECONDS:
+                reasons.append(f"{name}: not open for {now - self._assigned_at:.0f} s")
+            silent = self._silent_seconds(partition, now)
+            if silent >= STARVED_SECONDS:
+                reasons.append(f"{name}: no answer to fetches for {silent:.0f} s")
             waiting = assignment.waiting_since
             if waiting is not None and now - waiting >= STARVED_SECONDS and assignment.lag != 0:
                 reasons.append(f"{name}: no permits for {now - waiting:.0f} s")
         return reasons
+
+    def _silent_seconds(self, partition: TopicPartition, now: float) -> float:
+        """Return how long nobody has answered a fetch; an answer without records counts too. 0 where none is sent."""
+        if partition not in self._fetching or partition not in self._client.assignment():
+            return 0.0
+        fetching = now - self._fetching_since[partition]
+        answered_ms = self._client.last_poll_timestamp(partition)
+        return fetching if answered_ms is None else min(fetching, time.time() - answered_ms / 1000)
 
     @property
     def _client(self) -> AIOKafkaConsumer:
