@@ -301,8 +301,8 @@ def kafka_jars() -> Path:
 
 
 @contextmanager
-def maven_broker(folder: Path) -> Iterator[Broker]:
-    """Run Apache Kafka from Maven's jars, one node, with its data in *folder*."""
+def maven_broker(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[Broker]:
+    """Run Apache Kafka from Maven's jars, one node, with its data in *folder*, and with *settings* of its own."""
     port, controller = unused_port(), unused_port()
     classpath = f"{kafka_jars()}/*"
     log = folder / "kafka.log"
@@ -313,7 +313,8 @@ def maven_broker(folder: Path) -> Iterator[Broker]:
         "controller.quorum.voters": f"1@127.0.0.1:{controller}",
         "log.dirs": str(folder / "data"),
     }
-    config.write_text("".join(f"{key}={value}\n" for key, value in (SINGLE_NODE | listeners).items()), encoding="utf-8")
+    properties = SINGLE_NODE | listeners | dict(settings or {})
+    config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
     # Short-lived JVMs on few cores: the quick compiler alone and the simplest collector start fastest.
     java = ["java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
     cluster = "dGllcnN0cmVhbS10ZXN0cw"  # 16 bytes in URL-safe base64, as Kafka wants its cluster ids

@@ -774,6 +774,8 @@ class Poller(ConsumerRebalanceListener):
             self._map_characters_max = longest // 2  # so that few commits are refused until the limit is kept to
             left_out += sum(1 for point in points.values() if point.metadata)
             points = {partition: OffsetAndMetadata(point.offset, "") for partition, point in points.items()}
+            if self._generation_now() != self._generation:  # as before the first attempt (H10, H16f)
+                raise CommitFailedError from error
             await self._client.commit(points)
         if left_out:
             self._pipeline.counts.offset_maps_dropped["too_large"] += left_out

@@ -8,12 +8,14 @@ unfinished, though its response is out, so every restart may repeat that one res
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType  # type: ignore[attr-defined]  # not all in __all__
 
-from brokers import Broker, wait_until
+from brokers import Broker, apache_source, maven_broker, wait_until
 from ledger import Entry
 from service_process import ServiceProcess, command_line
 from stages import SetStage, Stage
@@ -33,6 +35,15 @@ def stage_with_a_stuck_record(apache: Broker, set_stage: SetStage) -> tuple[Stag
     (stuck,) = stage.ledger.send(b"\xff nothing that could be decoded", kind="unknown", statuses={400})
     inserts(stage, ABOVE)
     return stage, stuck
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> Iterator[Broker]:
+    """Apache Kafka, of its own, that takes no metadata as long as an offset map."""
+    if apache_source() != "maven":
+        pytest.skip("needs an Apache Kafka with settings of its own: java and mvn")
+    with maven_broker(tmp_path, {"offset.metadata.max.bytes": "40"}) as own:
+        yield own
 
 
 def inserts(stage: Stage, count: int) -> None:
@@ -143,6 +154,36 @@ def test_a_clean_stop_with_a_stuck_record_keeps_the_map_too(apache: Broker, set_
 
     assert ledger.verdict().duplicated == {stuck.id: 1}
     assert opened(service) == [ABOVE]
+
+
+@pytest.mark.broker
+@pytest.mark.apache
+@pytest.mark.timeout(240)
+def test_a_broker_that_takes_no_map_gets_offsets_without(narrow: Broker, set_stage: SetStage) -> None:
+    """Contract 3: committed all the same, and said; what is above the gap then runs again after a kill."""
+    stage, stuck = stage_with_a_stuck_record(narrow, set_stage)
+    ledger = stage.ledger
+    service = stage.start(partitions=1)
+    ledger.wait_answered()
+    service.wait(lambda: ledger.committed(stage.group) == {0: stuck.offset}, "the commit")
+    dropped = 'tierstream_offset_maps_dropped_total{reason="too_large"}'
+    service.wait(lambda: service.metrics().get(dropped, 0) > 0, "the map to be left out")
+    (state,) = service.partitions().values()
+    stored = stored_map(service)
+    service.kill()
+    relieve(stage)
+
+    again = stage.start(partitions=1)
+    end = stuck.offset + 1 + ABOVE
+    again.wait(lambda: ledger.committed(stage.group) == {0: end}, "everything to be committed")
+    again.stop()
+    ledger.read_all()
+
+    verdict = ledger.verdict()
+    assert (state["committed"], state["offset_map_bytes"], stored["bytes"]) == (stuck.offset, 0, 0)
+    assert len([line for line in service.log_lines() if "broker refuses offset maps" in line.get("event", "")]) == 1
+    assert (verdict.missing, verdict.mismatched) == ([], [])
+    assert len(verdict.duplicated) == ABOVE + 1
 
 
 @pytest.mark.timeout(240)
