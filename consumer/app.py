@@ -49,6 +49,7 @@ from consumer.log import get_logger
 from consumer.metrics import Counts, DebugState, EventLoopLag, new_registry, register
 from consumer.operations import StoredObject
 from consumer.permits import ConcurrencyLimiter
+from consumer.poison import PoisonLimitReached, PoisonPolicy
 from consumer.references import References
 from consumer.registry import SchemaRegistry
 from consumer.responses import response_partition
@@ -57,7 +58,7 @@ from consumer.service import StorageService
 from consumer.storage.factory import make_change_log, make_high_volume, make_long_term, open_parts
 from consumer.storage.tiered import TieredStorage
 
-CLEAN, FAILURE, USAGE, FATAL = 0, 1, 2, 3
+CLEAN, FAILURE, USAGE, FATAL, POISONED = 0, 1, 2, 3, 4
 """Exit codes (contract 11)."""
 
 STOP_MARGIN_SECONDS = 15.0
@@ -252,6 +253,7 @@ class App:
             output_stuck=lambda: publisher.stuck,
             storage_blocked=lambda: self._storage_blocked,
             fatal=self._failed,
+            poison_stops=config.dead_letter.on_limit == "stop",
             transactions=_transactions(config, plan) if config.delivery == "exactly-once" else None,
         )
         await poller.start()
@@ -322,6 +324,9 @@ class App:
             show_keys=config.admin.show_keys,
             compacted=plan.output_compacted,
             registry=self._schemas,
+            poison=PoisonPolicy(
+                config.dead_letter.max_consecutive, config.dead_letter.max_ratio, config.dead_letter.ratio_window
+            ),
         )
 
     def _storage_is_blocked(self, blocked: bool) -> None:  # noqa: FBT001 - the signature of a callback
@@ -345,12 +350,15 @@ class App:
         self._stop.set()
 
     def _failed(self, error: BaseException) -> None:
-        """End the service because of *error*: with 2 where the configuration is wrong, else with 3."""
+        """End the service because of *error*: 2 for a wrong configuration, 4 for too many poison records, else 3."""
         if self._exit_code not in {CLEAN, FAILURE}:
             return
         if isinstance(error, ConfigError):
             self._exit_code = USAGE
             log.error("cannot start", error=str(error))
+        elif isinstance(error, PoisonLimitReached):
+            self._exit_code = POISONED
+            log.error("too many poison records: stopping", error=str(error))
         else:
             self._exit_code = FATAL
             log.critical("fatal: a restart is right", exc_info=error)
@@ -365,7 +373,7 @@ class App:
     async def _shut_down(self) -> None:
         """Stop the parts in the order of the module's first lines; no step's failure keeps the next from running."""
         if self._poller is not None:
-            drain = self._config.rebalance.drain_timeout if self._exit_code == CLEAN else 0.0
+            drain = self._config.rebalance.drain_timeout if self._exit_code in {CLEAN, POISONED} else 0.0
             done = await _step("poller", self._poller.stop(drain, CLIENT_STOP_SECONDS))
             if not done and self._exit_code == CLEAN:
                 self._exit_code = FAILURE

@@ -49,7 +49,7 @@ from consumer.metrics import UNKNOWN_KIND, Counts, OldestState, PartitionState
 from consumer.offset_map import encode
 from consumer.offsets import DISTANCE_MAX, OffsetTracker, Run
 from consumer.operations import Insert, Operation, OpResponse
-from consumer.poison import PoisonPolicy
+from consumer.poison import UNLIMITED, PoisonPolicy
 from consumer.registry import SchemaRegistry
 from consumer.responses import DeadLetters, Header, ResponseHeaders
 from consumer.service import StorageService
@@ -144,7 +144,7 @@ class Pipeline:
     """True where the output topic is compacted: a null key is replaced by the response id."""
     registry: SchemaRegistry | None = None
     """The decoder's resolver, to be asked before a record with a schema it has not heard of is decoded."""
-    poison: PoisonPolicy = PoisonPolicy()
+    poison: PoisonPolicy = UNLIMITED
     """How many poison records a partition may have."""
 
     def lanes(self, partition: int) -> tuple[Lane, Lane | None]:
@@ -255,17 +255,12 @@ class Assignment:
         self._entries: dict[int, _Entry] = {}
         self._lettered: set[int] = set()
         """Offsets of operations whose dead letter is not acknowledged."""
-        self._skipped = 0
-        self._unacknowledged = 0
+        self._skipped = self._unacknowledged = 0
         self._ahead: set[int] = set()
         """Resolved for a transaction that is not committed yet."""
-        self._lost = False
         self._executor = executor
-        self._ending = False
-        self._giving_up = False
-        self._too_distant = False
-        self._idle_since = time.monotonic()
-        self._assigned_at = time.monotonic()
+        self._ending = self._giving_up = self._lost = self._too_distant = False
+        self._assigned_at = self._idle_since = time.monotonic()
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         if executor is not None:
@@ -388,7 +383,7 @@ class Assignment:
                 await outcomes.aclose()
             self._executor = None
             if self.poison_limit is not None:
-                self._freed()
+                self._freed()  # type: ignore[unreachable]  # it changes while this task is suspended
             elif self._giving_up and not self._ending:
                 self._giving_up = False
                 self.waiting_since = time.monotonic()
@@ -443,7 +438,8 @@ class Assignment:
         pipeline = self._pipeline
         decode, schema_id_of, registry = pipeline.decoder.decode, pipeline.decoder.schema_id, pipeline.registry
         budget, counts, buffer, entries = pipeline.budget, self._counts, self._buffer, self._entries
-        while not self._ending and not (self._giving_up and not buffer):
+        gauge = self._gauge
+        while not self._ending and self.poison_limit is None and not (self._giving_up and not buffer):
             chunk = self._next_chunk()
             if not self.fetching and len(buffer) <= BUFFER_RECORDS_RESUME:
                 self._refill(self)
@@ -463,6 +459,8 @@ class Assignment:
                         if self._ending:
                             break  # type: ignore[unreachable]  # it changes while this generator is suspended
                 decoded = entry.decoded = decode(record.value, record.headers)
+                if gauge is not None and (limit := gauge.add(poison=decoded.poison)) is not None:
+                    self._stop_reading(offset, limit)
                 operation = decoded.operation
                 if operation is None:
                     assert decoded.error is not None
@@ -477,6 +475,20 @@ class Assignment:
                 elif operation.kind == "insert" and operation.key is None and pipeline.derive_keys:
                     operation = self._with_key(operation, record)
                 yield offset, operation
+
+    def _stop_reading(self, offset: int, limit: str) -> None:
+        """A limit of poison records is reached: the record at *offset* is the last one worked on."""
+        self.poison_limit = limit
+        self.open = False
+        self._drop_unstarted()
+        log.error(
+            "poison limit reached: nothing more of this partition is read until a restart",
+            topic=self.topic,
+            partition=self.partition,
+            offset=offset,
+            limit=limit,
+        )
+        self._poisoned(self)
 
     async def _ask(self, registry: SchemaRegistry, schema_id: str) -> None:
         """Wait until the registry has told what the schema is, or the assignment ends."""
@@ -715,15 +727,21 @@ class Assignment:
     def _forget_buffer(self) -> None:
         """Give back what unanswered records charge; the ones answered give it back when they are acknowledged."""
         budget = self._pipeline.budget
-        released = sum([entry.size for part in (self._chunk, self._buffer) for entry in part])
-        self._chunk.clear()
-        self._buffer.clear()
+        self._drop_unstarted()
+        released = 0
         for offset in [offset for offset, entry in self._entries.items() if not entry.pending]:
             entry = self._entries.pop(offset)
             released += entry.size
             if entry.reserved:
                 budget.release_read(entry.reserved)
         budget.release(released)
+
+    def _drop_unstarted(self) -> None:
+        """Forget the records that were fetched and not begun."""
+        released = sum([entry.size for part in (self._chunk, self._buffer) for entry in part])
+        self._chunk.clear()
+        self._buffer.clear()
+        self._pipeline.budget.release(released)
 
     # ------------------------------------------------------------------------------------------ what can be seen
 
@@ -734,6 +752,8 @@ class Assignment:
             reasons.append("at_capacity")
         if self._too_distant and self._buffer:
             reasons.append("offset_distance")
+        if self.poison_limit is not None:
+            reasons.append("poison_limit")
         if self.out_of_range:
             reasons.append("out_of_range")
         if self._asking is not None and self._pipeline.registry is not None and self._pipeline.registry.waiting:

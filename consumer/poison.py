@@ -21,6 +21,10 @@ from fractions import Fraction
 from math import floor
 
 
+class PoisonLimitReached(Exception):
+    """A partition has too many poison records, and the whole service is to stop for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoisonPolicy:
     """The limits of one partition (``dead_letter`` of the configuration).
@@ -47,6 +51,10 @@ class PoisonPolicy:
     def gauge(self) -> PoisonGauge | None:
         """Return a gauge for one assignment; None where there is no limit to reach."""
         return None if self.max_consecutive is None and self.max_ratio is None else PoisonGauge(self)
+
+
+UNLIMITED = PoisonPolicy()
+"""However much poison there is, reading goes on."""
 
 
 class PoisonGauge:

@@ -68,6 +68,7 @@ from consumer.log import get_logger
 from consumer.metrics import CommitOutcome, PartitionState, RebalanceOutcome
 from consumer.offset_map import CHARACTERS_MAX, Run, count, decode
 from consumer.permits import WindowExhausted, WindowPolicy, plan_windows
+from consumer.poison import PoisonLimitReached
 
 Start: TypeAlias = Literal["earliest", "latest"]
 OutOfRange: TypeAlias = Literal["pause", "earliest", "latest"]
@@ -143,6 +144,7 @@ class Poller(ConsumerRebalanceListener):
         output_stuck: Tells whether responses are not being acknowledged.
         storage_blocked: Tells whether storage counts as unavailable.
         fatal: Called once with the exception that makes a restart right.
+        poison_stops: Whether a partition with too many poison records ends the service, or is only read no more.
         transactions: Exactly-once: responses and offsets in transactions; None = offsets are committed by schedule.
     """
 
@@ -163,6 +165,7 @@ class Poller(ConsumerRebalanceListener):
         output_stuck: Callable[[], bool],
         storage_blocked: Callable[[], bool],
         fatal: Callable[[BaseException], None],
+        poison_stops: bool = False,
         transactions: Transactions | None = None,
     ) -> None:
         self.rebalancing = True
@@ -180,6 +183,9 @@ class Poller(ConsumerRebalanceListener):
         self._output_stuck = output_stuck
         self._storage_blocked = storage_blocked
         self._fatal = fatal
+        self._poison_stops = poison_stops
+        self._poison_limits: dict[TopicPartition, str] = {}
+        """Partitions of which this process reads no more, and why; some may be assigned to other members by now."""
         self._transactions = transactions
         self._writers: dict[TopicPartition, TransactionWriter] = {}
         self._consumer: AIOKafkaConsumer | None = None
@@ -327,6 +333,17 @@ class Poller(ConsumerRebalanceListener):
                 self._fetching_since[partition] = time.monotonic()
                 self._fetching[partition] = assignment
                 self._opened.set()
+
+    def _poisoned(self, assignment: Assignment) -> None:
+        """A partition has too many poison records: fetch no more of it, or end the service."""
+        assert assignment.poison_limit is not None
+        partition = TopicPartition(assignment.topic, assignment.partition)
+        self._poison_limits[partition] = assignment.poison_limit
+        if self._fetching.get(partition) is assignment:
+            self._stop_fetching(partition)
+        if self._poison_stops:
+            name = f"{partition.topic}/{partition.partition}"
+            self._fatal(PoisonLimitReached(f"{name}: {assignment.poison_limit}"))
 
     def _seek_all(self) -> None:
         for partition, assignment in self._fetching.items():
@@ -517,6 +534,8 @@ class Poller(ConsumerRebalanceListener):
                 wanted=self._pass_on_a_window,
                 freed=self._window_freed,
                 lanes=self._lanes(partition),
+                poisoned=self._poisoned,
+                poison_limit=self._poison_limits.get(partition),
             )
         self.rebalancing = False
         starts = await self._starts(partitions)
@@ -578,8 +597,9 @@ class Poller(ConsumerRebalanceListener):
     def _reserve(self, partitions: list[TopicPartition]) -> dict[TopicPartition, StreamExecutor | None]:
         """Take the windows in sorted order, after the old ones are back."""
         pipeline, limiter = self._pipeline, self._pipeline.service.limiter
+        readable = [partition for partition in partitions if partition not in self._poison_limits]
         plan = plan_windows(
-            partitions,
+            readable,
             limit=limiter.limit,
             available=limiter.available,
             fraction=pipeline.fraction,
@@ -590,13 +610,12 @@ class Poller(ConsumerRebalanceListener):
         if plan.divided_equally:
             log.warning(
                 "windows divided equally: the share rule would leave a partition with nothing",
-                partitions=len(partitions),
+                partitions=len(readable),
                 permits=limiter.available,
             )
-        executors: dict[TopicPartition, StreamExecutor | None] = {}
-        for partition in partitions:
+        executors: dict[TopicPartition, StreamExecutor | None] = dict.fromkeys(partitions)
+        for partition in readable:
             window = plan.windows[partition]
-            executors[partition] = None
             if window:
                 with suppress(AtCapacity):
                     executors[partition] = pipeline.service.stream(ordering=pipeline.ordering, window=window)
@@ -865,6 +884,8 @@ class Poller(ConsumerRebalanceListener):
             silent = self._silent_seconds(partition, now)
             if silent >= STARVED_SECONDS:
                 reasons.append(f"{name}: no answer to fetches for {silent:.0f} s")
+            if assignment.poison_limit is not None:
+                reasons.append(f"{name}: poison limit: {assignment.poison_limit}")
             waiting = assignment.waiting_since
             if waiting is not None and now - waiting >= STARVED_SECONDS and assignment.lag != 0:
                 reasons.append(f"{name}: no permits for {now - waiting:.0f} s")

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from consumer.offsets import OffsetTracker, Run
 
+
 def offsets_of(runs: Iterable[Run]) -> list[int]:
     """Every offset of *runs*, which have to ascend with gaps between them."""
     runs = list(runs)

@@ -177,7 +177,7 @@ class TestNotBelieved:
             assembled(b"\xff" * 3_060, form=1),
         ],
     )
-    def test_damaged(self, text: str) -> None:
+    def test_a_damaged_map_is_absent(self, text: str) -> None:
         """Cut, changed, or longer than a broker takes."""
         assert read(text) == OffsetMap(None, (), "damaged")
 

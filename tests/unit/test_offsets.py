@@ -186,7 +186,7 @@ class TestFinishedRuns:
         assert tracker.finished_runs() == [(9, 9)]
 
     def test_offsets_that_were_never_delivered_are_not_finished(self) -> None:
-        """H9b: a gap may hold a record that another isolation level would deliver; only what was answered is skipped."""
+        """H9b: a gap may hold a record another isolation level would deliver; only what was answered is skipped."""
         tracker = OffsetTracker(0)
         tracker.track([0, 1, 2, 5, 6, 9])
         tracker.track([10, 20])
@@ -314,7 +314,9 @@ class TestRestored:
         with pytest.raises(ValueError, match="offset 1 is not unfinished"):
             tracker.resolve([1])
 
-    @pytest.mark.parametrize("finished", [[(99, 101)], [(103, 102)], [(103, 104), (105, 106)], [(105, 106), (101, 102)]])
+    @pytest.mark.parametrize(
+        "finished", [[(99, 101)], [(103, 102)], [(103, 104), (105, 106)], [(105, 106), (101, 102)]]
+    )
     def test_runs_that_are_none_are_refused(self, finished: list[Run]) -> None:
         """Below the start, without end, adjacent, descending: no offset map says that."""
         with pytest.raises(ValueError, match="begins below"):
