@@ -255,7 +255,7 @@ class Assignment:
         self._entries: dict[int, _Entry] = {}
         self._lettered: set[int] = set()
         """Offsets of operations whose dead letter is not acknowledged."""
-        self._skipped = self._unacknowledged = 0
+        self._buffered_bytes = self._skipped = self._unacknowledged = 0
         self._ahead: set[int] = set()
         """Resolved for a transaction that is not committed yet."""
         self._executor = executor
@@ -312,7 +312,9 @@ class Assignment:
             if not records:
                 return
         entries = [_Entry(record) for record in records]
-        self._pipeline.budget.charge(sum([entry.size for entry in entries]))
+        size = sum([entry.size for entry in entries])
+        self._pipeline.budget.charge(size)
+        self._buffered_bytes += size
         self._buffer.extend(entries)
         self.cursor = records[-1].offset + 1
         self._wake.set()
@@ -334,6 +336,11 @@ class Assignment:
     def full(self) -> bool:
         """True where fetching should stop."""
         return len(self._buffer) >= BUFFER_RECORDS_MAX
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes charged for the records that wait in the buffer."""
+        return self._buffered_bytes
 
     @property
     def watermark(self) -> int:
@@ -511,6 +518,7 @@ class Assignment:
             self._too_distant = not chunk
             if not chunk:
                 break
+            self._buffered_bytes -= sum([entry.size for entry in chunk])
             unfinished = tracker.track([entry.record.offset for entry in chunk])
             if len(unfinished) < len(chunk):
                 self._skip_all_but(frozenset(unfinished))
@@ -723,6 +731,11 @@ class Assignment:
                 await executor.wait_finished()
                 return None
         return executor
+
+    def forget_answers(self) -> None:
+        """Give back what answers charge of which nothing will be heard: their lanes have ended before this did."""
+        self._pipeline.budget.release(sum([entry.size for entry in self._entries.values()]))
+        self._entries.clear()
 
     def _forget_buffer(self) -> None:
         """Give back what unanswered records charge; the ones answered give it back when they are acknowledged."""

@@ -51,6 +51,7 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata
 
 from consumer.assignment import Assignment, Lane, Pipeline
+from consumer.budget import RESUME_SHARE
 from consumer.commits import CommitPolicy, CommitSchedule
 from consumer.errors import AtCapacity, ConfigError
 from consumer.executor import StreamExecutor
@@ -195,6 +196,9 @@ class Poller(ConsumerRebalanceListener):
         self._fetching: dict[TopicPartition, Assignment] = {}
         self._older_runs: dict[TopicPartition, StreamExecutor] = {}
         self._short_of_bytes = False
+        self._buffer_bytes_max = pipeline.budget.limit
+        """Buffered bytes of one partition above which it is not fetched for: a partition that stands still must not
+        hold the bytes that all of them need."""
         self._lost = False
         self._generation = -1
         """Of the group, when the partitions were assigned."""
@@ -296,7 +300,7 @@ class Poller(ConsumerRebalanceListener):
             assignment = self._fetching.get(partition)
             if assignment is not None:
                 assignment.receive(records)
-                if assignment.full:
+                if assignment.full or assignment.buffered_bytes >= self._buffer_bytes_max:
                     self._stop_fetching(partition)
         if self._pipeline.budget.fetching_stopped and not self._short_of_bytes:
             self._short_of_bytes = True
@@ -322,6 +326,7 @@ class Poller(ConsumerRebalanceListener):
             self._assignments.get(partition) is assignment
             and assignment.wants_records
             and not assignment.fetching
+            and assignment.buffered_bytes <= self._buffer_bytes_max // 2
             and not assignment.out_of_range
             and partition not in self._unreadable
             and not self._short_of_bytes
@@ -505,6 +510,9 @@ class Poller(ConsumerRebalanceListener):
                 self._pipeline.counts.drained(outcomes[partition], time.monotonic() - began)
             writers, self._writers = self._writers, {}
             await asyncio.gather(*(writer.stop() for writer in writers.values()))
+            if writers:
+                for assignment in leaving.values():
+                    assignment.forget_answers()
             if leaving:
                 seconds = round(time.monotonic() - began, 3)
                 log.info("partitions released", epoch=self._epoch, seconds=seconds, outcomes=Counter(outcomes.values()))
@@ -519,6 +527,7 @@ class Poller(ConsumerRebalanceListener):
         for partition, run in list(self._older_runs.items()):
             if not run.in_flight:
                 del self._older_runs[partition]
+        self._buffer_bytes_max = int(self._pipeline.budget.limit * RESUME_SHARE / max(1, len(partitions)))
         await self._fence(partitions)
         executors = self._reserve(partitions)
         for partition in partitions:

@@ -49,6 +49,11 @@ async def make() -> AsyncIterator[MakeWorkplace]:
         assert not place.failures
 
 
+def stored(size: int) -> StoredObject:
+    """Make an object of so many bytes."""
+    return StoredObject(Metadata(), b"x" * size)
+
+
 def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have waits between attempts to get a window last no time."""
     monkeypatch.setattr(assignment_module, "RESERVE_BACKOFF_SECONDS", 0.0)
@@ -577,7 +582,7 @@ class TestBytes:
         assert record_bytes > 1000
         await settled()
         assert place.budget.used == record_bytes + 5000
-        storage.objects["e2e/org.1/objects/big"] = _stored(3000)
+        storage.objects["e2e/org.1/objects/big"] = stored(3000)
         storage.let_go("big")
         await until(lambda: len(place.responses.appended) == 1)
         assert record_bytes + 3000 < place.budget.used < record_bytes + 3500
@@ -657,9 +662,42 @@ class TestBytes:
         assert place.budget.used == 0
         assert place.resolved == 1
 
+    async def test_answers_of_which_nothing_will_be_heard_give_their_bytes_back(self, make: MakeWorkplace) -> None:
+        """Exactly-once: a partition's own writer ends with it, and what it has not committed is forgotten."""
+        place = make()
+        assignment = place.assign()
+        assignment.receive([*inserts(0, 2), poison(2)])
+        await until(lambda: len(place.responses.appended) == 3)
+        assert not await assignment.drain(0)
+        assert await assignment.abandon() is None
+        assert place.budget.used > 0
 
-def _stored(size: int) -> StoredObject:
-    return StoredObject(Metadata(), b"x" * size)
+        place.responses.waiting.clear()
+        place.dead_letters.waiting.clear()
+        assignment.forget_answers()
+
+        assert place.budget.used == 0
+
+    async def test_buffered_bytes_are_those_not_yet_taken(
+        self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """I11: what a partition that stands still may hold of the bytes of all is bounded by it."""
+        monkeypatch.setattr(assignment_module, "CHUNK_RECORDS", 2)
+        storage = GatedStorage(hold_all=True)
+        place = make(storage)
+        assignment = place.assign(window=1)
+
+        assignment.receive(inserts(0, 4))
+        buffered = [assignment.buffered_bytes]
+        await settled()
+        buffered.append(assignment.buffered_bytes)
+        place.responses.acknowledge_always()
+        storage.let_all_go()
+        await until(lambda: assignment.watermark == 4)
+        buffered.append(assignment.buffered_bytes)
+
+        assert buffered == [buffered[0], buffered[0] // 2, 0]
+        assert buffered[0] > 1600
 
 
 class TestEnd:
