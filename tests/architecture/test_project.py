@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOCKS = ("requirements.lock", "requirements-demo.lock", "requirements-dev.lock")
+LOCKS = ("requirements.lock", "requirements-demo.lock", "requirements-cloud.lock", "requirements-dev.lock")
 
 
 def pinned(lock: str) -> dict[str, tuple[str, frozenset[str]]]:
@@ -47,10 +47,10 @@ def test_a_lock_names_no_address_and_no_place(lock: str) -> None:
 
 def test_each_lock_contains_the_smaller_one_unchanged() -> None:
     """`make demo` then `make test` in one environment installs on top and replaces nothing."""
-    runtime, demo, dev = (pinned(lock) for lock in LOCKS)
+    runtime, demo, cloud, dev = (pinned(lock) for lock in LOCKS)
 
-    assert runtime.items() <= demo.items()
-    assert demo.items() <= dev.items()
+    assert runtime.items() <= demo.items() <= dev.items()
+    assert runtime.items() <= cloud.items() <= dev.items()
 
 
 def test_python_versions_agree_everywhere() -> None:
