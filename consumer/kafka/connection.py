@@ -263,8 +263,12 @@ class OauthTokens(AbstractTokenProvider):
             data=urllib.parse.urlencode(form).encode(),
             headers={"Authorization": "Basic " + base64.b64encode(pair.encode()).decode()},
         )
-        with self._opener.open(request, timeout=TOKEN_SECONDS_MAX) as answer:
-            said = json.loads(answer.read(TOKEN_BYTES_MAX))
+        try:
+            with self._opener.open(request, timeout=TOKEN_SECONDS_MAX) as answer:
+                said = json.loads(answer.read(TOKEN_BYTES_MAX))
+        except urllib.error.HTTPError as refusal:
+            refusal.close()  # it is an answer too, and holds the connection
+            raise
         token = said["access_token"]
         if not isinstance(token, str) or not token:
             raise ValueError("access_token is no text")
