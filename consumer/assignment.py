@@ -670,10 +670,12 @@ class Assignment:
         self._ahead.update(fresh)
         return self.watermark, self.offset_map
 
-    def transaction_committed(self, offset: int, metadata: str) -> None:
-        """The group's offset and map are these now."""
+    def transaction_committed(self, offset: int, metadata: str, *, map_left_out: bool) -> None:
+        """The group's offset and map are these now; *map_left_out* where there was a map that is too large for it."""
         self.committed, self.committed_map, self.committed_at = offset, metadata, time.time()
         self._pipeline.counts.commits["success"] += 1
+        if map_left_out:
+            self._pipeline.counts.offset_maps_dropped["too_large"] += 1
 
     def lose(self) -> None:
         """The partition belongs to somebody else: nothing more will be acknowledged."""

@@ -109,6 +109,31 @@ class _Damaged(Exception):
     """The bytes are not what :func:`encode` writes."""
 
 
+class SizeLimit:
+    """The longest map that is committed: what brokers take by default, and less once one has refused a map."""
+
+    __slots__ = ("_characters_max",)
+
+    def __init__(self) -> None:
+        self._characters_max = CHARACTERS_MAX
+
+    def fitting(self, text: str) -> str:
+        """Return *text* where it may be committed, else nothing: the offset alone is committed then."""
+        return text if len(text) <= self._characters_max else ""
+
+    def refused(self, characters: int) -> bool:
+        """A broker has refused a map of so many characters: from now on they have half as many at most.
+
+        By halves, so that few commits are refused until the limit is kept to.
+
+        Returns:
+            True the first time.
+        """
+        first = self._characters_max == CHARACTERS_MAX
+        self._characters_max = min(self._characters_max, characters // 2)
+        return first
+
+
 def encode(base: int, finished: Iterable[Run], cluster_id: str) -> str:
     """Return the text that says that *finished* is finished above *base*; empty where nothing is.
 

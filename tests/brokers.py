@@ -120,8 +120,10 @@ class Broker:
         asked = {TopicPartition(unique, partition): OffsetSpec.latest() for partition in range(partitions)}
 
         def led() -> bool:
-            # Known is not enough: for a moment after its creation a partition has no leader that answers.
+            # Known is not enough: for a moment after its creation a partition has no leader that answers. Who has asked
+            # in that moment goes on believing it, unless metadata are asked for expressly.
             try:
+                self.admin.list_topics(unique, timeout=ADMIN_SECONDS)
                 self._settle(self.admin.list_offsets(asked, request_timeout=ADMIN_SECONDS))
             except KafkaException:
                 return False

@@ -67,7 +67,7 @@ from consumer.kafka.topics import (
 from consumer.kafka.transactions import Transactions, TransactionWriter
 from consumer.log import get_logger
 from consumer.metrics import CommitOutcome, PartitionState, RebalanceOutcome
-from consumer.offset_map import CHARACTERS_MAX, Run, count, decode
+from consumer.offset_map import Run, SizeLimit, count, decode
 from consumer.permits import WindowExhausted, WindowPolicy, plan_windows
 from consumer.poison import PoisonLimitReached
 
@@ -209,7 +209,7 @@ class Poller(ConsumerRebalanceListener):
         self._poll_failures = 0
         """In a row."""
         self._poll_error = ""
-        self._map_characters_max = CHARACTERS_MAX
+        self._map_size = SizeLimit()
         self._releasing = asyncio.Lock()
         self._committing = asyncio.Lock()
         self._schedule = CommitSchedule(commit_policy, time.monotonic())
@@ -564,6 +564,7 @@ class Poller(ConsumerRebalanceListener):
                 partition,
                 is_member=self._is_member,
                 committed=partial(self._committed_now, partition),
+                map_size=self._map_size,
                 failed=self._fatal,
             )
             for partition in partitions
@@ -781,7 +782,7 @@ class Poller(ConsumerRebalanceListener):
         for partition, assignment in self._assignments.items():
             if assignment.begun:
                 text = assignment.offset_map
-                point = OffsetAndMetadata(assignment.watermark, text if len(text) <= self._map_characters_max else "")
+                point = OffsetAndMetadata(assignment.watermark, self._map_size.fitting(text))
                 if point != (assignment.committed, assignment.committed_map):
                     points[partition] = point
         return points
@@ -797,9 +798,8 @@ class Poller(ConsumerRebalanceListener):
             longest = max(len(point.metadata) for point in points.values())
             if not longest:
                 raise
-            if self._map_characters_max == CHARACTERS_MAX:
+            if self._map_size.refused(longest):
                 log.warning("broker refuses offset maps: committing without", characters=longest, error=repr(error))
-            self._map_characters_max = longest // 2  # so that few commits are refused until the limit is kept to
             left_out += sum(1 for point in points.values() if point.metadata)
             points = {partition: OffsetAndMetadata(point.offset, "") for partition, point in points.items()}
             if self._generation_now() != self._generation:  # as before the first attempt (H10, H16f)

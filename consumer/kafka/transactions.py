@@ -16,7 +16,8 @@ started *before* the committed offset is read (hazard H22).
 5. With the new producer, the committed offset tells whether a commit without an answer took effect after all. If so:
    step 3, else step 2 again with the same records.
 
-A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction.
+A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction. An
+offset map that is refused for its size is left out, then and from then on (contract 3).
 """
 
 from __future__ import annotations
@@ -32,13 +33,20 @@ from operator import attrgetter
 from typing import Protocol
 
 from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from aiokafka.errors import (
+    InvalidCommitOffsetSizeError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    OffsetMetadataTooLargeError,
+    RecordListTooLargeError,
+)
 from aiokafka.structs import OffsetAndMetadata
 
 from consumer.assignment import Lane, Owner
 from consumer.kafka.publisher import BACKOFF_SECONDS, DISCARD_TIMEOUT_SECONDS, discard
 from consumer.kafka.topics import ClusterRefusal, ClusterUnavailable
 from consumer.log import get_logger
+from consumer.offset_map import SizeLimit
 from consumer.responses import Header
 
 TRANSACTION_RECORDS_MAX = 5_000
@@ -63,14 +71,18 @@ class _Refused(Exception):
         self.item = item
 
 
+class _MapRefused(Exception):
+    """The broker takes no metadata of this size."""
+
+
 class Source(Protocol):
     """The assignment behind a writer."""
 
     def settle(self, offsets: Sequence[int]) -> tuple[int, str]:
         """Count *offsets* as finished; return the offset and map that may be committed with their responses."""
 
-    def transaction_committed(self, offset: int, metadata: str) -> None:
-        """The group's offset is *offset* now."""
+    def transaction_committed(self, offset: int, metadata: str, *, map_left_out: bool) -> None:
+        """The group's offset is *offset* now; *map_left_out* where there was a map that the broker does not take."""
 
     def lose(self) -> None:
         """The partition is lost: nothing more will be acknowledged."""
@@ -132,6 +144,7 @@ class Transactions:
         *,
         is_member: Callable[[], Awaitable[bool]],
         committed: Callable[[], Awaitable[tuple[int, str] | None]],
+        map_size: SizeLimit,
         failed: Callable[[BaseException], None],
     ) -> TransactionWriter:
         """Make the unstarted writer of one input partition."""
@@ -143,6 +156,7 @@ class Transactions:
             interval_seconds=self.interval_seconds,
             is_member=is_member,
             committed=committed,
+            map_size=map_size,
             failed=failed,
         )
 
@@ -162,6 +176,7 @@ class TransactionWriter:
         interval_seconds: How long responses gather.
         is_member: Tells whether this process still belongs to the group.
         committed: Reads what the group has committed for the partition: offset and metadata, None for nothing.
+        map_size: What the broker takes as offset map; all writers of a process learn from one refusal.
         failed: Called with the exception that ended the writer: a defect.
     """
 
@@ -174,6 +189,7 @@ class TransactionWriter:
         interval_seconds: float,
         is_member: Callable[[], Awaitable[bool]],
         committed: Callable[[], Awaitable[tuple[int, str] | None]],
+        map_size: SizeLimit,
         failed: Callable[[BaseException], None],
     ) -> None:
         self._partition = partition
@@ -182,6 +198,7 @@ class TransactionWriter:
         self._interval = interval_seconds
         self._is_member = is_member
         self._committed = committed
+        self._map_size = map_size
         self._failed = failed
         self._producer: AIOKafkaProducer | None = None
         self._source: Source | None = None
@@ -276,12 +293,18 @@ class TransactionWriter:
         """
         self._offset_wanted = False
         while True:
-            offset, metadata = source.settle([item.token for item in items])
+            offset, offset_map = source.settle([item.token for item in items])
+            metadata = self._map_size.fitting(offset_map)
             try:
                 await self._transact(items, offset, metadata)
             except _Refused as error:
                 await self._replace(error)
                 self._hand_back(items, error.item)
+                continue
+            except _MapRefused as error:
+                if self._map_size.refused(len(metadata)):
+                    log.warning("broker refuses offset maps: committing without", characters=len(metadata))
+                await self._replace(error)
                 continue
             except (KafkaError, OSError, TimeoutError) as error:
                 await self._replace(error)
@@ -290,7 +313,7 @@ class TransactionWriter:
                 continue
             break
         self._failures = 0
-        source.transaction_committed(offset, metadata)
+        source.transaction_committed(offset, metadata, map_left_out=metadata != offset_map)
         for owner, group in groupby(items, attrgetter("owner")):
             owner.acknowledged([item.token for item in group])
 
@@ -299,6 +322,7 @@ class TransactionWriter:
 
         Raises:
             _Refused: a record is too large for the broker; nothing was committed.
+            _MapRefused: *metadata* is; nothing was committed.
             KafkaError, OSError, TimeoutError: it failed, or its outcome is unknown; the producer is done for.
         """
         producer = self._producer
@@ -309,9 +333,15 @@ class TransactionWriter:
             for item in items:
                 by_target.setdefault(item.target, []).append(item)
             await asyncio.gather(*(self._send(producer, target, group) for target, group in by_target.items()))
-            await producer.send_offsets_to_transaction(
-                {self._partition: OffsetAndMetadata(offset, metadata)}, self._group_id
-            )
+            point = {self._partition: OffsetAndMetadata(offset, metadata)}
+            try:
+                await producer.send_offsets_to_transaction(point, self._group_id)
+            except KafkaError as error:
+                # What the client does not expect here ends its sender, and is told as that failure's cause alone.
+                refusal = isinstance(error.__cause__, OffsetMetadataTooLargeError | InvalidCommitOffsetSizeError)
+                if metadata and refusal:
+                    raise _MapRefused(repr(error.__cause__)) from error
+                raise
             await producer.commit_transaction()
 
     @staticmethod

@@ -212,3 +212,31 @@ def test_a_cleared_map_lets_everything_run_again(apache: Broker, set_stage: SetS
     assert (verdict.missing, verdict.mismatched) == ([], [])
     assert len(verdict.duplicated) == ABOVE + 1
     assert opened(service) == [0]
+
+
+@pytest.mark.broker
+@pytest.mark.apache
+@pytest.mark.timeout(240)
+def test_a_broker_that_takes_no_map_gets_transactions_without(narrow: Broker, set_stage: SetStage) -> None:
+    """Contract 3: exactly-once too goes on where the metadata is refused, and answers each record once."""
+    stage = set_stage(narrow, partitions=1, delivery="exactly-once", storage={"threshold": "1KiB"})
+    ledger = stage.ledger
+    for number in range(400):
+        # Large objects take their time in files, beside reads that overtake them: so there are gaps.
+        if number % 4:
+            ledger.operate("head", f"none/{number}", statuses={404}, wait=False)
+        else:
+            ledger.operate("insert", f"large/{number}", bytes(300_000), statuses={201}, wait=False)
+    ledger.flush()
+
+    service = stage.start(partitions=1)
+    ledger.wait_answered()
+    dropped = service.metrics().get('tierstream_offset_maps_dropped_total{reason="too_large"}', 0)
+    service.wait(lambda: ledger.committed(stage.group).get(0, 0) >= 400, "everything to be committed")
+    service.stop()
+    ledger.read_all()
+
+    verdict = ledger.verdict()
+    assert (verdict.missing, verdict.duplicated, verdict.mismatched) == ([], {}, []), verdict
+    assert len([line for line in service.log_lines() if "broker refuses offset maps" in line.get("event", "")]) == 1
+    assert dropped > 0, "void: there was no map to be refused"

@@ -10,7 +10,7 @@ import zlib
 import pytest
 
 from consumer import offset_map
-from consumer.offset_map import CHARACTERS_MAX, SPAN_MAX, OffsetMap, count, decode, encode
+from consumer.offset_map import CHARACTERS_MAX, SPAN_MAX, OffsetMap, SizeLimit, count, decode, encode
 from consumer.offsets import DISTANCE_MAX
 
 CLUSTER = "dGllcnN0cmVhbS10ZXN0cw"
@@ -212,3 +212,32 @@ def test_runs_are_counted() -> None:
 def test_the_prefix_says_the_version() -> None:
     """Contract 3."""
     assert offset_map.PREFIX == "ts1:"
+
+
+class TestSizeLimit:
+    """What a broker takes as metadata is learnt from its refusals (contract 3)."""
+
+    def test_what_brokers_take_by_default_is_committed(self) -> None:
+        """No refusal, no limit of ours beside the default."""
+        limit = SizeLimit()
+
+        assert limit.fitting("m" * CHARACTERS_MAX) == "m" * CHARACTERS_MAX
+        assert limit.fitting("m" * (CHARACTERS_MAX + 1)) == ""
+
+    def test_a_refusal_halves_what_is_tried_next(self) -> None:
+        """A map half as long may fit; one longer than that is not tried again."""
+        limit = SizeLimit()
+
+        assert limit.refused(100) is True
+        assert limit.fitting("m" * 50) == "m" * 50
+        assert limit.fitting("m" * 51) == ""
+        assert limit.refused(50) is False, "the first refusal is the one to be said aloud"
+        assert limit.fitting("m" * 26) == ""
+
+    def test_a_refusal_that_comes_late_does_not_widen_the_limit(self) -> None:
+        """Transactions of several partitions are on their way at once."""
+        limit = SizeLimit()
+
+        limit.refused(100)
+        limit.refused(1000)
+        assert limit.fitting("m" * 51) == ""
