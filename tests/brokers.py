@@ -95,9 +95,14 @@ class Broker:
     """Largest record it can be made to accept."""
     log: Path | None = None
     """What its process printed."""
-    pid: int | None = None
-    """Its process, where it is ours."""
+    _node: Node | None = None
     _admin: AdminClient | None = field(default=None, repr=False)
+
+    @property
+    def node(self) -> Node:
+        """Its process, to be frozen and killed; only where it is ours alone."""
+        assert self._node is not None, f"{self.label} is not a process of ours"
+        return self._node
 
     @property
     def admin(self) -> AdminClient:
@@ -126,6 +131,7 @@ class Broker:
                 self.admin.list_topics(unique, timeout=ADMIN_SECONDS)
                 self._settle(self.admin.list_offsets(asked, request_timeout=ADMIN_SECONDS))
             except KafkaException:
+                self._admin = None  # one client may go on believing for ever that a new partition has no leader
                 return False
             return True
 
@@ -195,38 +201,85 @@ def answers(bootstrap: str) -> bool:
     return True
 
 
+class Node:
+    """A broker's process. A test may stop, kill or freeze it, and start it again: same ports, same data."""
+
+    def __init__(self, command: list[str], bootstrap: str, log: Path) -> None:
+        self._command = command
+        self._bootstrap = bootstrap
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process started last."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it and wait for its first answer.
+
+        Raises:
+            BrokerUnavailableError: it ended, or did not answer in time; the text ends with its last words.
+        """
+        with self._log.open("ab") as sink:
+            process = self._process = subprocess.Popen(
+                [*dies_with_us(), *self._command],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,  # Ctrl-C ends the tests first, then they end the broker
+            )
+        name = self._command[0]
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(self._bootstrap):
+            if process.poll() is not None:
+                raise BrokerUnavailableError(f"{name} exited with {process.returncode}:\n{tail(self._log)}")
+            if time.monotonic() > deadline:
+                raise BrokerUnavailableError(f"{name} did not answer within {START_SECONDS} s:\n{tail(self._log)}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Let it end as its operators would; kill it if that takes too long."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(signal.SIGCONT)  # a test may have frozen it
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it by SIGKILL."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(STOP_SECONDS)
+
+    def freeze(self) -> None:
+        """Stop it where it stands, and wait until it does: connections stay open, nothing is answered."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def thaw(self) -> None:
+        """Let it go on; a dead one stays dead."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+
 @contextmanager
-def _running(command: list[str], bootstrap: str, log: Path) -> Iterator[int]:
-    """Run a broker process from its first answer to the end of the block; yield its process id.
+def _running(command: list[str], bootstrap: str, log: Path) -> Iterator[Node]:
+    """Run a broker process from its first answer to the end of the block.
 
     Raises:
-        BrokerUnavailableError: it ended, or did not answer in time; the text ends with its last words.
+        BrokerUnavailableError: it did not start.
     """
-    with log.open("ab") as sink:
-        process = subprocess.Popen(
-            [*dies_with_us(), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,  # Ctrl-C ends the tests first, then they end the broker
-        )
+    node = Node(command, bootstrap, log)
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not answers(bootstrap):
-            if process.poll() is not None:
-                raise BrokerUnavailableError(f"{command[0]} exited with {process.returncode}:\n{tail(log)}")
-            if time.monotonic() > deadline:
-                raise BrokerUnavailableError(f"{command[0]} did not answer within {START_SECONDS} s:\n{tail(log)}")
-            time.sleep(0.05)
-        yield process.pid
+        node.start()
+        yield node
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGCONT)  # a test may have frozen it
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_SECONDS)
+        node.stop()
 
 
 def noida_command() -> str:
@@ -260,8 +313,8 @@ def noida_broker(folder: Path, port: int | None = None) -> Iterator[Broker]:
         "--data-dir",
         str(folder / "data"),
     ]
-    with _running(command, f"127.0.0.1:{port}", log) as pid:
-        yield Broker("noida-db", "noida-db", f"127.0.0.1:{port}", record_bytes_max=1_000_000, log=log, pid=pid)
+    with _running(command, f"127.0.0.1:{port}", log) as node:
+        yield Broker("noida-db", "noida-db", f"127.0.0.1:{port}", record_bytes_max=1_000_000, log=log, _node=node)
 
 
 def kafka_version() -> str:
@@ -330,9 +383,10 @@ def maven_broker(folder: Path, settings: Mapping[str, str] | None = None) -> Ite
     )
     if done.returncode != 0:
         raise BrokerUnavailableError(f"Kafka could not format its folder:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    with _running([*java, "-Xmx512m", "-cp", classpath, "kafka.Kafka", str(config)], f"127.0.0.1:{port}", log):
+    program = [*java, "-Xmx512m", "-cp", classpath, "kafka.Kafka", str(config)]
+    with _running(program, f"127.0.0.1:{port}", log) as node:
         label = f"Apache Kafka {kafka_version()} (Maven)"
-        yield Broker("apache", label, f"127.0.0.1:{port}", record_bytes_max=16_000_000, log=log)
+        yield Broker("apache", label, f"127.0.0.1:{port}", record_bytes_max=16_000_000, log=log, _node=node)
 
 
 @contextmanager

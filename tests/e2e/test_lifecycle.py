@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -33,20 +32,8 @@ def breakable(tmp_path: Path) -> Iterator[Stage]:
     with noida_broker(tmp_path) as own:
         stage = set_up(own, tmp_path, 2, 2)
         yield stage
-        thaw(own)
+        own.node.thaw()
         stage.put_down()
-
-
-def freeze(broker: Broker) -> None:
-    """Stop the broker's process where it stands: connections stay open, nothing is answered."""
-    assert broker.pid
-    os.kill(broker.pid, signal.SIGSTOP)
-
-
-def thaw(broker: Broker) -> None:
-    """Let the broker's process go on."""
-    assert broker.pid
-    os.kill(broker.pid, signal.SIGCONT)
 
 
 @pytest.mark.process
@@ -163,7 +150,7 @@ def test_a_second_signal_exits_at_once(breakable: Stage, number: signal.Signals,
     for partition in (0, 1):
         breakable.ledger.operate("insert", f"k{partition}", bytes(100), partition=partition)
     breakable.ledger.wait_answered()
-    freeze(breakable.broker)
+    breakable.broker.node.freeze()
     service.process.send_signal(number)
     service.wait(lambda: service.state().get("state") == "draining", "the drain to begin")
     began = time.monotonic()
@@ -185,13 +172,13 @@ def test_a_drain_that_cannot_end_is_cut_at_its_deadline_and_reported(breakable: 
     for number in range(200):
         ledger.operate("insert", f"k{number}", bytes(1000), partition=number % 2, statuses={201}, wait=False)
     ledger.flush()
-    freeze(breakable.broker)
+    breakable.broker.node.freeze()
     began = time.monotonic()
 
     service.terminate()
     code = service.wait_exit(2 + 15)
     took = time.monotonic() - began
-    thaw(breakable.broker)
+    breakable.broker.node.thaw()
     # Answered before the broker froze, they would leave nothing to wait for but the commit: then a clean exit is right.
     assert code == 1, service.obituary()
     assert took < 2 + 15

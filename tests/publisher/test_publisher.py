@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import random
-import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from aiokafka.producer.sender import Sender
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka import Message as Written
 
-from brokers import Broker, noida_broker, unused_port
+from brokers import Broker, Node, noida_broker, unused_port
 from consumer.kafka import publisher as publisher_module
 from consumer.kafka.publisher import Lane, Publisher
 
@@ -205,26 +203,6 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
 def is_stuck(publisher: Publisher) -> bool:
     """Ask anew; a type checker takes an attribute for unchanged."""
     return publisher.stuck
-
-
-def freeze(broker: Broker) -> None:
-    """Stop a broker's process where it stands, and wait until it does."""
-    assert broker.pid is not None
-    os.kill(broker.pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, broker.pid, os.WSTOPPED | os.WNOWAIT)
-
-
-def thaw(broker: Broker) -> None:
-    """Let a frozen broker go on; a dead one stays dead."""
-    assert broker.pid is not None
-    os.kill(broker.pid, signal.SIGCONT)
-
-
-def kill(broker: Broker) -> None:
-    """End a broker without a word, and wait until it is gone; its starter still has to reap it."""
-    assert broker.pid is not None
-    os.kill(broker.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, broker.pid, os.WEXITED | os.WNOWAIT)
 
 
 def written(broker: Broker, topic: str, partition: int = 0) -> list[Written]:
@@ -665,7 +643,7 @@ async def test_a_frozen_broker_makes_the_publisher_stuck_until_it_answers(
         owner.hand_in(publisher.lane(topic, partition), [0])
         await owner.until_answered(1)
     assert not is_stuck(publisher)
-    freeze(own_broker)
+    own_broker.node.freeze()
     for partition, owner in enumerate(owners):
         owner.hand_in(publisher.lane(topic, partition), [1])
     await lines.until("no acknowledgement", 2)
@@ -674,7 +652,7 @@ async def test_a_frozen_broker_makes_the_publisher_stuck_until_it_answers(
     assert is_stuck(publisher)
     assert publisher.waiting == 4
 
-    thaw(own_broker)
+    own_broker.node.thaw()
     await owners[0].until_answered(3)
     await owners[1].until_answered(3)
 
@@ -685,9 +663,9 @@ async def test_a_frozen_broker_makes_the_publisher_stuck_until_it_answers(
     assert len(producers.made) == 1
 
 
-@pytest.mark.parametrize("how", [freeze, kill])
+@pytest.mark.parametrize("how", [Node.freeze, Node.kill])
 async def test_stopping_is_bounded_whatever_the_broker_does(
-    own_broker: Broker, make: Callable[..., Publisher], lines: LogLines, how: Callable[[Broker], None]
+    own_broker: Broker, make: Callable[..., Publisher], lines: LogLines, how: Callable[[Node], None]
 ) -> None:
     """H17, H18b: the client's own stop waits for ever; ours leaves no task behind, which every test here checks.
 
@@ -701,18 +679,18 @@ async def test_stopping_is_bounded_whatever_the_broker_does(
     await owner.until_answered(1)
     (producer,) = producers.made
     transports = [connection._writer.transport for connection in producer.client._conns.values()]
-    how(own_broker)
+    how(own_broker.node)
     for partition in range(24):  # more than the system's buffers take
         owner.hand_in(publisher.lane(topic, partition), [1], noise(500_000, partition))
         owner.hand_in(publisher.lane(topic, partition), range(2, 1_000))
     await lines.until("no acknowledgement", 24)
-    assert (sum(transport.get_write_buffer_size() for transport in transports) > 0) == (how is freeze)
+    assert (sum(transport.get_write_buffer_size() for transport in transports) > 0) == (how is Node.freeze)
 
     loop = asyncio.get_running_loop()
     began = loop.time()
     await publisher.stop(0.1)
     took = loop.time() - began
-    thaw(own_broker)
+    own_broker.node.thaw()
 
     assert took < 0.1 + 4 * publisher_module.TEAR_DOWN_SECONDS
     assert sum(transport.get_write_buffer_size() for transport in transports) == 0
@@ -739,13 +717,13 @@ async def test_a_producer_that_does_not_finish_is_ended_by_force(
     owners = [Owner(), Owner()]
     owners[0].hand_in(publisher.lane(topic, 0), [0])
     await owners[0].until_answered(1)
-    freeze(own_broker)
+    own_broker.node.freeze()
     for partition, owner in enumerate(owners):
         owner.hand_in(publisher.lane(topic, partition), [1])
     await lines.until("no acknowledgement", 2)
     frozen.set()
     await lines.until("producer cannot start")
-    thaw(own_broker)
+    own_broker.node.thaw()
     await owners[0].until_answered(2)
     await owners[1].until_answered(1)
 
@@ -849,7 +827,7 @@ async def test_a_stop_that_was_cancelled_can_be_called_again(
     owner = Owner()
     owner.hand_in(publisher.lane(topic, 0), [0])
     await owner.until_answered(1)
-    freeze(own_broker)
+    own_broker.node.freeze()
     owner.hand_in(publisher.lane(topic, 0), [1])
     await lines.until("no acknowledgement")
 
@@ -858,7 +836,7 @@ async def test_a_stop_that_was_cancelled_can_be_called_again(
             await publisher.stop(60)
     async with asyncio.timeout(WAIT_SECONDS):
         await publisher.stop(0)
-    thaw(own_broker)
+    own_broker.node.thaw()
 
     assert owner.acknowledged_tokens == [0]
 
@@ -900,7 +878,7 @@ async def test_a_batch_that_was_to_be_tried_again_fails_without_noise(own_broker
     producer = Producers(own_broker.bootstrap)(1000)
     await producer.start()
     await producer.partitions_for(topic)
-    freeze(own_broker)
+    own_broker.node.freeze()
     batch = producer.create_batch()
     batch.append(timestamp=0, key=b"0", value=b"", headers=[])
     future = await producer.send_batch(batch, topic, partition=0)
@@ -911,7 +889,7 @@ async def test_a_batch_that_was_to_be_tried_again_fails_without_noise(own_broker
     accumulator.reenqueue(*accumulator._pending_batches)
 
     await publisher_module.discard(producer, 0)
-    thaw(own_broker)
+    own_broker.node.thaw()
 
     with pytest.raises(KafkaError, match="thrown away"):
         await future
