@@ -16,8 +16,8 @@ started *before* the committed offset is read (hazard H22).
 5. With the new producer, the committed offset tells whether a commit without an answer took effect after all. If so:
    step 3, else step 2 again with the same records.
 
-A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction. An
-offset map that is refused for its size is left out, then and from then on (contract 3).
+A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction.
+An offset map that is refused for its size is left out, then and from then on (contract 3).
 """
 
 from __future__ import annotations
