@@ -380,7 +380,7 @@ class Poller(ConsumerRebalanceListener):
 
     def _try_to_read(self, partition: TopicPartition, assignment: Assignment) -> None:
         if self._assignments.get(partition) is assignment:
-            del self._unreadable[partition]
+            self._unreadable.pop(partition, None)  # gone where the partition is being given up
             self._refill(assignment)
 
     async def _reset(self, offsets: Mapping[TopicPartition, int]) -> None:
