@@ -27,7 +27,10 @@ ABOVE = 600
 
 
 def stage_with_a_stuck_record(apache: Broker, set_stage: SetStage) -> tuple[Stage, Entry]:
-    """One partition: some records, a poison one whose dead letter cannot be written, many records."""
+    """One partition: some records, a poison one whose dead letter cannot be written, many records.
+
+    A service that has met the poison one is not ready, perhaps before anybody has asked.
+    """
     stage = set_stage(apache, partitions=1)
     topic = apache.create_topic("stuck", 1, cleanup_policy="compact")
     stage.config["dead_letter"]["topic"] = topic
@@ -104,7 +107,7 @@ def test_a_kill_with_a_stuck_record_repeats_nothing_that_was_finished_above_it(
     stage, stuck = stage_with_a_stuck_record(apache, set_stage)
     ledger = stage.ledger
 
-    first = stage.start(partitions=1)
+    first = stage.start(ready=False)
     ledger.wait_answered()
     stored = wait_mapped(first, ABOVE)
     first.kill()
@@ -113,7 +116,7 @@ def test_a_kill_with_a_stuck_record_repeats_nothing_that_was_finished_above_it(
     assert ledger.committed(stage.group) == {0: stuck.offset}
 
     inserts(stage, ABOVE)
-    second = stage.start(partitions=1)
+    second = stage.start(ready=False)
     ledger.wait_answered()
     wait_mapped(second, 2 * ABOVE)
     second.kill()
@@ -140,7 +143,7 @@ def test_a_clean_stop_with_a_stuck_record_keeps_the_map_too(apache: Broker, set_
     stage, stuck = stage_with_a_stuck_record(apache, set_stage)
     stage.config["rebalance"] |= {"drain_timeout": "2s"}
     ledger = stage.ledger
-    service = stage.start(partitions=1)
+    service = stage.start(ready=False)
     ledger.wait_answered()
     service.terminate()
     assert service.wait_exit() == 1, service.obituary()
@@ -191,7 +194,7 @@ def test_a_cleared_map_lets_everything_run_again(apache: Broker, set_stage: SetS
     """Contract 7: the control of the tests above: without the map, what is above the gap is answered twice."""
     stage, stuck = stage_with_a_stuck_record(apache, set_stage)
     ledger = stage.ledger
-    service = stage.start(partitions=1)
+    service = stage.start(ready=False)
     ledger.wait_answered()
     wait_mapped(service, ABOVE)
     service.kill()
