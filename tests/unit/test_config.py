@@ -682,6 +682,7 @@ usecases: {photos: {expirations: [ttl], max_seconds: 60, max_object_bytes: 1MB}}
         assert set(schema["properties"]) == set(Config.model_fields)
         assert kafka["session_timeout"]["default"] == "45s"
         assert schema["$defs"]["Limits"]["properties"]["record_bytes"]["default"] == "8MiB"
+        assert schema["$defs"]["Admin"]["properties"]["port"]["maximum"] == 65535
         assert schema["additionalProperties"] is False
         json.dumps(schema)
 
