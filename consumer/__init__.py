@@ -24,7 +24,8 @@ The flow, and who owns what
 * :mod:`consumer.storage.change_log` owns the clean-up that outlives an operation; ``app`` joins it last.
 
 Modules import downwards only: pyproject.toml declares the layers, ``make lint`` holds them. Vendors stay at their edge:
-aiokafka in ``kafka/``, fastavro in ``codec`` and ``avro_schemas``, prometheus_client in ``metrics`` and ``admin``.
+aiokafka in ``kafka/``, fastavro in ``codec`` and ``avro_schemas``, prometheus_client in ``metrics`` and ``admin``,
+Google's clients in ``storage/``.
 
 Guarantees
 ==========
@@ -130,6 +131,8 @@ if TYPE_CHECKING:
     )
     from consumer.permits import ConcurrencyLimiter, Reservation, window_size
     from consumer.service import StorageService
+    from consumer.storage.bigtable import BigtableBackend
+    from consumer.storage.bigtable_change_log import BigtableChangeLog
     from consumer.storage.filesystem import FilesystemBackend
     from consumer.storage.memory import MemoryBackend, MemoryChangeLog
     from consumer.storage.sqlite import SqliteBackend
@@ -140,6 +143,8 @@ _HOMES = {
     "AtCapacity": "errors",
     "BackendError": "errors",
     "BackendUnavailable": "errors",
+    "BigtableBackend": "storage.bigtable",
+    "BigtableChangeLog": "storage.bigtable_change_log",
     "ConcurrencyLimiter": "permits",
     "ConfigError": "errors",
     "DecodeError": "errors",
@@ -187,6 +192,8 @@ __all__ = [
     "AtCapacity",
     "BackendError",
     "BackendUnavailable",
+    "BigtableBackend",
+    "BigtableChangeLog",
     "ConcurrencyLimiter",
     "ConfigError",
     "DecodeError",

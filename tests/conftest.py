@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Verbosity, settings
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
-pytest_plugins = ["brokers"]
+pytest_plugins = ["brokers", "bigtable_emulator"]
 pytest.register_assert_rewrite("ledger", "service_process", "stages", "wire")
 
 settings.register_profile(

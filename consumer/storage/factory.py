@@ -87,7 +87,9 @@ def make_change_log(settings: ChangeLogSettings) -> ChangeLog:
         case "sqlite":
             return SqliteChangeLog(_path(settings), settings.owner, settings.lease)
         case "bigtable":
-            return cast("ChangeLog", _extra("bigtable", "BigtableChangeLog").from_settings(settings))
+            return cast(
+                "ChangeLog", _extra("bigtable", "BigtableChangeLog", "bigtable_change_log").from_settings(settings)
+            )
         case unknown:
             raise ConfigError(f"storage.change_log.type is memory, sqlite or bigtable, not {unknown}")
 
@@ -111,9 +113,9 @@ def _path(settings: TierSettings) -> Path:
     return path
 
 
-def _extra(name: str, made: str) -> Any:
+def _extra(name: str, made: str, module: str | None = None) -> Any:
     """Return the class *made* of a backend whose vendor package is an extra, imported only now because it is slow."""
     try:
-        return getattr(import_module(f"consumer.storage.{name}"), made)
+        return getattr(import_module(f"consumer.storage.{module or name}"), made)
     except ModuleNotFoundError:
         raise ConfigError(f"storage type {name} needs the extra tierstream[{name}]") from None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
+from bigtable_emulator import Emulator
 from consumer.ids import ObjectContext, ObjectId, Scope
 from consumer.storage.backend import ChangeLog, HighVolumeBackend, LongTermBackend
 from consumer.storage.filesystem import FilesystemBackend
@@ -21,7 +23,8 @@ class ManualClock:
     """A wall clock that moves only when told to; :attr:`seconds` is the same as a monotonic clock."""
 
     def __init__(self) -> None:
-        self.now = datetime(2026, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
+        # Far ahead of every real clock: a Bigtable table itself forgets, by its own clock, what has expired.
+        self.now = datetime(2096, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
         self._start = self.now
 
     def __call__(self) -> datetime:
@@ -31,28 +34,66 @@ class ManualClock:
         """Let time pass."""
         self.now += timedelta(seconds=seconds)
 
+    @staticmethod
+    async def sleep(_seconds: float) -> None:
+        """Wait until cancelled: real time does not pass here."""
+        await asyncio.Event().wait()
+
     def seconds(self) -> float:
         """Return the seconds passed since a start a day ago."""
         return 86_400.0 + (self.now - self._start).total_seconds()
 
 
-HIGH_VOLUME: dict[str, Callable[[Path, ManualClock], HighVolumeBackend]] = {
-    "memory": lambda _folder, clock: MemoryBackend(clock=clock),
-    "sqlite": lambda folder, clock: SqliteBackend(folder / "data" / "objects.sqlite", clock=clock),
+class Place:
+    """Where the storage of one test lies: a folder, and a table, each made when it is needed."""
+
+    def __init__(self, folder: Path, request: pytest.FixtureRequest) -> None:
+        self.folder = folder
+        self._request = request
+        self._table: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """The file of rows and changes."""
+        return self.folder / "data" / "objects.sqlite"
+
+    @property
+    def emulator(self) -> Emulator:
+        """The running emulator."""
+        found: Emulator = self._request.getfixturevalue("bigtable_emulator")
+        return found
+
+    @property
+    def table(self) -> str:
+        """The table of rows and changes."""
+        if self._table is None:
+            self._table = self.emulator.unused_table()
+        return self._table
+
+
+HIGH_VOLUME: dict[str, Callable[[Place, ManualClock], HighVolumeBackend]] = {
+    "memory": lambda _place, clock: MemoryBackend(clock=clock),
+    "sqlite": lambda place, clock: SqliteBackend(place.file, clock=clock),
+    "bigtable": lambda place, clock: place.emulator.backend(place.table, clock=clock),
 }
 
-LONG_TERM: dict[str, Callable[[Path, ManualClock], LongTermBackend]] = {
-    "memory": lambda _folder, clock: MemoryBackend(clock=clock),
-    "filesystem": lambda folder, clock: FilesystemBackend(folder / "data" / "objects", clock=clock),
+LONG_TERM: dict[str, Callable[[Place, ManualClock], LongTermBackend]] = {
+    "memory": lambda _place, clock: MemoryBackend(clock=clock),
+    "filesystem": lambda place, clock: FilesystemBackend(place.folder / "data" / "objects", clock=clock),
 }
 
 OpenLog = Callable[..., ChangeLog]
 """Called with ``owner`` and ``lease_seconds``; logs opened by one test share what a disk would keep."""
 
-CHANGE_LOGS: dict[str, Callable[[Path, ManualClock], OpenLog]] = {
-    "memory": lambda _folder, _clock: lambda owner=None, lease_seconds=30.0: MemoryChangeLog(owner),
-    "sqlite": lambda folder, clock: lambda owner=None, lease_seconds=30.0: SqliteChangeLog(
-        folder / "data" / "objects.sqlite", owner, lease_seconds, monotonic=clock.seconds
+CHANGE_LOGS: dict[str, Callable[[Place, ManualClock], OpenLog]] = {
+    "memory": lambda _place, _clock: lambda owner=None, lease_seconds=30.0: MemoryChangeLog(owner),
+    "sqlite": lambda place, clock: (
+        lambda owner=None, lease_seconds=30.0: SqliteChangeLog(
+            place.file, owner, lease_seconds, monotonic=clock.seconds
+        )
+    ),
+    "bigtable": lambda place, clock: (
+        lambda owner=None, lease_seconds=30.0: place.emulator.change_log(place.table, owner, lease_seconds, clock=clock)
     ),
 }
 
@@ -66,27 +107,50 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
-@pytest.fixture(params=HIGH_VOLUME)
-async def high_volume(request: Any, tmp_path: Path, clock: ManualClock) -> AsyncIterator[HighVolumeBackend]:
+def choices(names: Iterable[str]) -> list[Any]:
+    """Return the parameters of a fixture; what needs an emulator is marked so."""
+    return [pytest.param(name, marks=pytest.mark.emulator) if name == "bigtable" else name for name in names]
+
+
+@pytest.fixture
+def place(tmp_path: Path, request: pytest.FixtureRequest) -> Place:
+    """Return where the storage of this test lies."""
+    return Place(tmp_path, request)
+
+
+@pytest.fixture(params=choices(HIGH_VOLUME))
+async def high_volume(request: Any, place: Place, clock: ManualClock) -> AsyncIterator[HighVolumeBackend]:
     """Lend each high-volume tier in turn, empty."""
-    backend = HIGH_VOLUME[request.param](tmp_path, clock)
+    backend = HIGH_VOLUME[request.param](place, clock)
+    await _create(backend)
     yield backend
     await backend.join()
     await backend.close()
 
 
-@pytest.fixture(params=LONG_TERM)
-async def long_term(request: Any, tmp_path: Path, clock: ManualClock) -> AsyncIterator[LongTermBackend]:
+@pytest.fixture(params=choices(LONG_TERM))
+async def long_term(request: Any, place: Place, clock: ManualClock) -> AsyncIterator[LongTermBackend]:
     """Lend each long-term tier in turn, empty."""
-    backend = LONG_TERM[request.param](tmp_path, clock)
+    backend = LONG_TERM[request.param](place, clock)
+    await _create(backend)
     yield backend
     await backend.join()
     await backend.close()
 
 
-async def _opened_logs(name: str, folder: Path, clock: ManualClock) -> AsyncIterator[OpenLog]:
-    make = CHANGE_LOGS[name](folder, clock)
+async def _create(part: object) -> None:
+    """Make what the part keeps its data in, where that is a step of its own."""
+    creating = getattr(part, "create", None)
+    if creating is not None:
+        await creating()
+
+
+async def _opened_logs(name: str, place: Place, clock: ManualClock) -> AsyncIterator[OpenLog]:
+    make = CHANGE_LOGS[name](place, clock)
     opened: list[ChangeLog] = []
+    creator = make()
+    await _create(creator)
+    await creator.close()
 
     def open_log(**arguments: Any) -> ChangeLog:
         opened.append(make(**arguments))
@@ -97,17 +161,17 @@ async def _opened_logs(name: str, folder: Path, clock: ManualClock) -> AsyncIter
         await log.close()
 
 
-@pytest.fixture(params=CHANGE_LOGS)
-async def open_log(request: Any, tmp_path: Path, clock: ManualClock) -> AsyncIterator[OpenLog]:
+@pytest.fixture(params=choices(CHANGE_LOGS))
+async def open_log(request: Any, place: Place, clock: ManualClock) -> AsyncIterator[OpenLog]:
     """Open logs of each kind in turn; they are closed in the end."""
-    async for opening in _opened_logs(request.param, tmp_path, clock):
+    async for opening in _opened_logs(request.param, place, clock):
         yield opening
 
 
-@pytest.fixture(params=DURABLE_CHANGE_LOGS)
-async def open_durable_log(request: Any, tmp_path: Path, clock: ManualClock) -> AsyncIterator[OpenLog]:
+@pytest.fixture(params=choices(DURABLE_CHANGE_LOGS))
+async def open_durable_log(request: Any, place: Place, clock: ManualClock) -> AsyncIterator[OpenLog]:
     """Open logs of each kind that outlives its process."""
-    async for opening in _opened_logs(request.param, tmp_path, clock):
+    async for opening in _opened_logs(request.param, place, clock):
         yield opening
 
 
@@ -116,3 +180,25 @@ def an_id() -> Callable[..., ObjectId]:
     """Make object ids; the same key gives the same id."""
     context = ObjectContext("attachments", [Scope("org", "17"), Scope("project", "42")])
     return lambda key="a-key": ObjectId(context, key)
+
+
+OpenParts: TypeAlias = Callable[[str], Awaitable[tuple[HighVolumeBackend, ChangeLog]]]
+"""Opens rows and changes as a process of the owner named has them; called again, those of the next process."""
+
+
+@pytest.fixture(params=choices(DURABLE_CHANGE_LOGS))
+async def open_parts(request: Any, place: Place, clock: ManualClock) -> AsyncIterator[OpenParts]:
+    """Open rows and changes of each kind that outlives its process, over one place; they are closed in the end."""
+    opened: list[HighVolumeBackend | ChangeLog] = []
+
+    async def open_both(owner: str) -> tuple[HighVolumeBackend, ChangeLog]:
+        high_volume = HIGH_VOLUME[request.param](place, clock)
+        change_log = CHANGE_LOGS[request.param](place, clock)(owner=owner)
+        for part in (high_volume, change_log):
+            opened.append(part)
+            await _create(part)
+        return high_volume, change_log
+
+    yield open_both
+    for part in reversed(opened):
+        await part.close()

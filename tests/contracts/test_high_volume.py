@@ -28,7 +28,7 @@ FULL = Metadata(
     origin="203.0.113.7",
     custom={"b": "2", "a": "ünï", "empty": ""},
     time_created=CREATED,
-    time_expires=datetime(2030, 1, 1, 0, 0, 0, 999_999, tzinfo=UTC),
+    time_expires=datetime(2100, 1, 1, 0, 0, 0, 999_999, tzinfo=UTC),
 )
 
 HOSTILE_KEYS = [
@@ -432,6 +432,22 @@ class TestForbid:
         with pytest.raises(BackendUnavailable):
             await high_volume.compare_and_write(an_id(), None, late)
         assert await high_volume.get_tiered(an_id()) == StoredObject(Metadata(size=1), b"x")
+
+    @pytest.mark.parametrize("state", STATES)
+    async def test_a_forbidden_revision_is_refused_whatever_it_would_replace(
+        self, high_volume: HighVolumeBackend, an_id: AnId, clock: Callable[[], datetime], state: str
+    ) -> None:
+        """And every other revision is not."""
+        await bring_into(high_volume, an_id(), state, clock())
+        current = A if state == "tombstone A" else B if state == "tombstone B" else None
+        late, other = a_tombstone(an_id()), a_tombstone(an_id())
+        assert await high_volume.forbid(an_id(), late.target) is True
+        before = await high_volume.get_tiered(an_id())
+
+        with pytest.raises(BackendUnavailable):
+            await high_volume.compare_and_write(an_id(), current, late)
+        assert await high_volume.get_tiered(an_id()) == before
+        assert await high_volume.compare_and_write(an_id(), current, other) is True
 
     async def test_what_the_row_points_to_cannot_be_forbidden(
         self, high_volume: HighVolumeBackend, an_id: AnId

@@ -25,7 +25,7 @@ FULL = Metadata(
     origin="203.0.113.7",
     custom={"b": "2", "a": "ünï"},
     time_created=datetime(2026, 1, 1, 12, 0, 0, 7, tzinfo=UTC),
-    time_expires=datetime(2030, 1, 1, 0, 0, 0, 999_999, tzinfo=UTC),
+    time_expires=datetime(2100, 1, 1, 0, 0, 0, 999_999, tzinfo=UTC),
 )
 
 HOSTILE_NAMES = [
@@ -136,9 +136,12 @@ class TestPut:
         revision = new_revision(an_id())
         payload = b"p" * 1_500_000
 
-        assert await asyncio.gather(
-            *(long_term.put(revision, FULL, chunks_of(payload[:700_000], payload[700_000:])) for _ in range(8))
-        ) == [len(payload)] * 8
+        assert (
+            await asyncio.gather(
+                *(long_term.put(revision, FULL, chunks_of(payload[:700_000], payload[700_000:])) for _ in range(8))
+            )
+            == [len(payload)] * 8
+        )
 
         assert await long_term.get(revision) == StoredObject(replace(FULL, size=len(payload)), payload)
 

@@ -81,12 +81,13 @@ def test_an_unknown_type_is_a_configuration_error(make: Any) -> None:
     [
         (make_high_volume, "bigtable", "BigtableBackend"),
         (make_long_term, "gcs", "GcsBackend"),
-        (make_change_log, "bigtable", "BigtableChangeLog"),
+        (make_change_log, "bigtable_change_log", "BigtableChangeLog"),
     ],
 )
 def test_a_cloud_type_comes_with_its_extra(make: Any, name: str, made: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, the error says what to install; with it, the class gets its section."""
-    settings = section(type=name)
+    extra = name.removesuffix("_change_log")
+    settings = section(type=extra)
 
     class Backend:
         @staticmethod
@@ -97,7 +98,7 @@ def test_a_cloud_type_comes_with_its_extra(make: Any, name: str, made: str, monk
     setattr(installed, made, Backend)
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, f"consumer.storage.{name}", None)
-        with pytest.raises(ConfigError, match=rf"tierstream\[{name}\]"):
+        with pytest.raises(ConfigError, match=rf"tierstream\[{extra}\]"):
             make(settings)
     monkeypatch.setitem(sys.modules, f"consumer.storage.{name}", installed)
 

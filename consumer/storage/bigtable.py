@@ -1,0 +1,394 @@
+"""The high-volume tier in a Bigtable table, for any number of processes on any number of hosts.
+
+**A row** per object; its key is the storage path (checklist BT-1). Three families:
+
+========  ===============  =============================================================================
+family    cells collected  columns
+========  ===============  =============================================================================
+``fg``    by timestamp     ``p`` payload, ``m`` metadata (JSON), ``w`` a name of the write: of an object that expires
+``fm``    never            the same, of an object that does not
+``fr``    by timestamp     ``r`` target, ``t`` metadata, ``w``: of a tombstone. ``f/REVISION``: of a forbidden revision
+========  ===============  =============================================================================
+
+The timestamp of a cell *is* its deadline, rounded down to milliseconds (BT-3), for a forbidden revision the end of the
+ban; what does not expire has :data:`NEVER`. So one filter by timestamp sees what is live, wherever it lies, and the
+table forgets the rest by itself (BT-2). Every write begins by deleting the object and the tombstone in the same
+mutation (BT-4); forbidden revisions stay.
+
+**Live** for a condition is what has a deadline of a later millisecond; for a read, what has not expired to the
+microsecond (BT-5, BT-7). In between, less than a millisecond, a condition finds gone what a read still returns.
+
+**Conditions**: each write is one ``CheckAndMutateRow``, atomic on the row. Its predicate tells whether cells are there,
+and there is a write for either answer, but no "and not": so conditions that stand in the way are joined, and the write
+is the one for *nothing found*.
+
+1. Put, delete: unless there is a live target. Found: it is read and returned. Gone by then: again from 1, at most
+   :data:`RACES_MAX` times (BT-9).
+2. Compare and write (BT-8)
+
+   * nothing → object, nothing: unless there is a live target.
+   * nothing → target N: unless there is a live target, or N is forbidden.
+   * target R → object, nothing: if R is the live target.
+   * target R → target N: if R is the live target, and N is not forbidden. That "and not" is why targets and bans share
+     a family: its columns are sorted, so the ban is found first where there is one.
+
+   Not written: the row is read. As wanted: True, be it by an attempt whose answer was lost (HV-6). Another target:
+   False, or ``BackendUnavailable`` where an attempt has gone without an answer: it may have won and been replaced
+   since. N forbidden: ``BackendUnavailable``. None of them: the row has changed in between; again.
+3. Forbid: unless the revision is the live target.
+4. Extend: read the row whole; rewritten with the new deadline if the write it was read from, ``w``, is still there. A
+   payload is part of the timestamped row, so it travels both ways; a row read and rewritten blindly would undo whatever
+   came in between (BT-12). Metadata could serve as the condition, but for a filter they may be too long.
+
+Whatever is repeated is harmless to repeat (:mod:`consumer.storage.bigtable_table`): an attempt applied twice leaves
+what it left the first time, or finds itself.
+
+Not here: rows of older systems (BT-10), there are none. Metadata without a size are returned without (BT-6): tiered
+storage writes it always.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any, Self
+
+from consumer.errors import BackendError, BackendUnavailable, TooLarge
+from consumer.ids import ObjectId
+from consumer.operations import Metadata, StoredObject
+from consumer.storage.backend import InlineObject, Revision, TieredHead, TieredRead, TieredWrite, Tombstone
+from consumer.storage.bigtable_table import (
+    BigtableTable,
+    Cell,
+    Cells,
+    Change,
+    Filter,
+    TableName,
+    any_of,
+    cell,
+    columns,
+    delete_column,
+    delete_family,
+    first_is,
+    set_cell,
+    without_value,
+)
+from consumer.storage.metadata import FORBIDDEN_FOR, decode_metadata, encode_metadata, micros, now_utc
+
+COLLECTED, KEPT, REDIRECTS = "fg", "fm", "fr"
+FAMILIES = {COLLECTED: True, KEPT: False, REDIRECTS: True}
+"""The families, and whether their cells are collected when their timestamp has passed."""
+
+PAYLOAD, METADATA, WRITE = b"p", b"m", b"w"
+TARGET, TOMBSTONE_METADATA = b"r", b"t"
+FORBIDDEN = b"f/"
+"""What the columns of forbidden revisions begin with; sorted before :data:`TARGET`."""
+
+NEVER = 253_402_300_799_000_000
+"""Deadline, in microseconds, of what does not expire: the last second of the year 9999, where ``datetime`` ends too."""
+
+CELL_BYTES_MAX = 100_000_000
+"""Largest value of a cell that Bigtable takes (documented as 100 MB). Emulators take more, so it is held here."""
+
+ROW_BYTES_MAX = 256_000_000
+"""Largest row that can be read (documented as 256 MB): payload, metadata and names together."""
+
+RACES_MAX = 3
+"""Times a condition may find a row that its reading then does not (BT-9): each time another writer must have come in
+between twice."""
+
+SCAN_ROWS = 1_000
+"""Rows of one step of a scan, tombstones or not: some hundred kilobytes, as payloads are not read."""
+
+SCAN_END = b"~"
+"""Behind the last storage path, which begins with a usecase: the rows of a change log in the same table follow."""
+
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+class BigtableBackend:
+    """The high-volume tier in a Bigtable table; what each method guarantees stands at its protocol.
+
+    Args:
+        project: Google Cloud project.
+        instance: Bigtable instance.
+        table: The table; :meth:`create` makes it.
+        emulator_host: HOST:PORT of an emulator; implies anonymous credentials.
+        app_profile: Application profile, routing to a single cluster.
+        clock: Tells the time by which rows expire.
+        inline_bytes_max: Largest payload taken, at most :data:`CELL_BYTES_MAX`.
+
+    Raises (all methods): ``BackendUnavailable``, ``BackendError``; ``ConfigError`` without client or credentials.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        instance: str,
+        table: str,
+        *,
+        emulator_host: str | None = None,
+        app_profile: str | None = None,
+        clock: Callable[[], datetime] = now_utc,
+        inline_bytes_max: int = CELL_BYTES_MAX,
+    ) -> None:
+        self.inline_bytes_max = min(inline_bytes_max, CELL_BYTES_MAX)
+        self._clock = clock
+        self._table = BigtableTable(TableName(project, instance, table, emulator_host, app_profile), FAMILIES)
+        self._removal = [
+            delete_family(COLLECTED),
+            delete_family(KEPT),
+            *(delete_column(REDIRECTS, column) for column in (TARGET, TOMBSTONE_METADATA, WRITE)),
+        ]
+        self._whole = columns(b"[pmwrt]")
+        self._head = columns(b"[mrt]")
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        """Make it from its section (contract 5)."""
+        name = TableName.from_settings(settings)
+        return cls(
+            name.project, name.instance, name.table, emulator_host=name.emulator_host, app_profile=name.app_profile
+        )
+
+    async def create(self) -> None:
+        """Make the table and its families, where they are missing (BT-14)."""
+        await self._table.create()
+
+    async def open(self) -> None:
+        """Make sure that table, families and permissions are there. Optional.
+
+        Raises:
+            ConfigError: the table or a family is missing.
+        """
+        await self._table.check()
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    async def put_non_tombstone(self, object_id: ObjectId, metadata: Metadata, payload: bytes) -> Tombstone | None:
+        """Store the object inline, with its size filled in (HV-10), or return the live tombstone found (HV-1)."""
+        if metadata.size != len(payload):
+            metadata = replace(metadata, size=len(payload))
+        return await self._write_non_tombstone(object_id, self._changes(object_id, InlineObject(metadata, payload)))
+
+    async def get_tiered(self, object_id: ObjectId) -> TieredRead:
+        """Read the row (HV-2)."""
+        return self._read(await self._table.read(_key(object_id), self._whole))
+
+    async def head_tiered(self, object_id: ObjectId) -> TieredHead:
+        """Read the row without its payload (HV-2)."""
+        cells = await self._table.read(_key(object_id), self._head)
+        now = self._clock()
+        return _tombstone(cells, now) or _object(cells, now)
+
+    async def delete_non_tombstone(self, object_id: ObjectId) -> Tombstone | None:
+        """Delete the object, if any, or return the live tombstone found (HV-4)."""
+        return await self._write_non_tombstone(object_id, self._removal)
+
+    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+        """Write if the live tombstone is *current* (None: there is none), HV-5 … HV-9."""
+        key, changes = _key(object_id), self._changes(object_id, write)
+        wanted = write.target if isinstance(write, Tombstone) else None
+        repeated = False
+        for _ in range(RACES_MAX):
+            since = self._since()
+            target_or_ban = _target(since) if wanted is None else any_of(_target(since), _ban(wanted, since))
+            if current is None:
+                check = await self._table.check_and_mutate(key, target_or_ban, unmatched=changes)
+                if not check.matched:
+                    return True
+            else:
+                there = _target(since, current)
+                if wanted is not None:
+                    there = first_is(TARGET, there, _ban(wanted, since))
+                check = await self._table.check_and_mutate(key, there, matched=changes)
+                if check.matched:
+                    return True
+            repeated = repeated or check.repeated
+            seen = await self._table.read(key, target_or_ban)
+            target = seen.get((REDIRECTS, TARGET))
+            points_to = None if target is None else Revision(target.value.decode())
+            if points_to != current:
+                if repeated and points_to != wanted:
+                    # Lost, or won by an attempt without an answer and replaced since: then what it replaced is ours to
+                    # clean up, and "lost" would leave it.
+                    raise BackendUnavailable("bigtable: the swap's outcome is unknown")
+                return points_to == wanted
+            if wanted is not None and (REDIRECTS, _ban_column(wanted)) in seen:
+                raise BackendUnavailable("the revision was given up by a clean-up; write it again as a new one")
+        raise BackendUnavailable("the row is changed faster than it can be written")
+
+    async def forbid(self, object_id: ObjectId, revision: Revision) -> bool:
+        """Refuse *revision* as a tombstone's target from now on; False where the row already points at it."""
+        column = _ban_column(revision)
+        until = _milliseconds(micros(self._clock() + FORBIDDEN_FOR))
+        ban = [delete_column(REDIRECTS, column), set_cell(REDIRECTS, column, b"", until)]
+        points_to_it = _target(self._since(), revision)
+        return not (await self._table.check_and_mutate(_key(object_id), points_to_it, unmatched=ban)).matched
+
+    async def extend(self, object_id: ObjectId, seen: Metadata, extended: Metadata) -> bool:
+        """Replace the row's expiry, only if its metadata is still *seen*."""
+        cells = await self._table.read(_key(object_id), self._whole)
+        found = self._read(cells)
+        if found is None or found.metadata != seen:
+            return False
+        write: TieredWrite
+        if isinstance(found, Tombstone):
+            family, write = REDIRECTS, Tombstone(found.target, extended)
+        else:
+            family = KEPT if (KEPT, METADATA) in cells else COLLECTED
+            write = InlineObject(extended, found.payload)  # type: ignore[arg-type]  # of a row it is always bytes
+        as_read = cell(family, WRITE, value=cells[family, WRITE].value)
+        changes = self._changes(object_id, write)
+        if (await self._table.check_and_mutate(_key(object_id), as_read, matched=changes)).matched:
+            return True
+        now = await self.head_tiered(object_id)  # by an attempt of ours whose answer was lost, perhaps
+        return (now.metadata if isinstance(now, Tombstone) else now) == extended
+
+    async def scan_tombstones(self) -> AsyncGenerator[tuple[ObjectId, Revision], None]:
+        """Yield every live tombstone's object and target, a step of :data:`SCAN_ROWS` rows at a time."""
+        every_row = any_of(columns(b"[rt]"), without_value(columns(WRITE)))
+        after = b""
+        while rows := await self._table.read_page(after, SCAN_END, every_row, SCAN_ROWS):
+            after = rows[-1][0]
+            now = self._clock()
+            for key, cells in rows:
+                tombstone = _tombstone(cells, now)
+                if tombstone is not None:
+                    yield ObjectId.parse(key.decode()), tombstone.target
+
+    async def join(self) -> None:
+        """Return at once: nothing runs in the background (HV-11)."""
+
+    async def close(self) -> None:
+        """Let go of the connection; a second call does nothing."""
+        await self._table.close()
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    async def _write_non_tombstone(self, object_id: ObjectId, changes: Sequence[Change]) -> Tombstone | None:
+        key = _key(object_id)
+        for _ in range(RACES_MAX):
+            if not (await self._table.check_and_mutate(key, _target(self._since()), unmatched=changes)).matched:
+                return None
+            tombstone = _tombstone(await self._table.read(key, self._head), self._clock())
+            if tombstone is not None:
+                return tombstone
+        raise BackendUnavailable("the row is changed faster than it can be written")
+
+    def _since(self) -> datetime:
+        """Return the first deadline that counts as live in a condition."""
+        now = self._clock()
+        return now - timedelta(microseconds=now.microsecond % 1000) + _MILLISECOND
+
+    def _read(self, cells: Cells) -> TieredRead:
+        """Return what a row holds."""
+        now = self._clock()
+        tombstone = _tombstone(cells, now)
+        if tombstone is not None:
+            return tombstone
+        metadata = _object(cells, now)
+        if metadata is None:
+            return None
+        payload = cells.get((KEPT, PAYLOAD)) or cells.get((COLLECTED, PAYLOAD))
+        if payload is None:
+            _check_collected(cells.get((KEPT, METADATA)) or cells[COLLECTED, METADATA])
+            return None
+        return StoredObject(metadata, payload.value)
+
+    def _changes(self, object_id: ObjectId, write: TieredWrite) -> list[Change]:
+        """Return what brings a row into the state wanted, from whatever it holds."""
+        match write:
+            case Tombstone(target, metadata):
+                cells = [(TARGET, target.name.encode()), (TOMBSTONE_METADATA, encode_metadata(metadata))]
+                family = REDIRECTS
+            case InlineObject(metadata, payload):
+                if len(payload) > self.inline_bytes_max:
+                    raise TooLarge(f"an inline payload has at most {self.inline_bytes_max} bytes")
+                cells = [(METADATA, encode_metadata(metadata)), (PAYLOAD, bytes(payload))]
+                family = KEPT if metadata.time_expires is None else COLLECTED
+            case _:
+                return self._removal
+        _check_row(object_id, cells)
+        deadline = NEVER if metadata.time_expires is None else _milliseconds(micros(metadata.time_expires))
+        cells.append((WRITE, os.urandom(16).hex().encode()))
+        return self._removal + [set_cell(family, column, value, deadline) for column, value in cells]
+
+
+# ------------------------------------------------------------------------------------------------- cells and filters
+
+
+def _key(object_id: ObjectId) -> bytes:
+    return object_id.storage_path.encode()
+
+
+def _ban_column(revision: Revision) -> bytes:
+    return FORBIDDEN + revision.name.encode()
+
+
+def _target(since: datetime, revision: Revision | None = None) -> Filter:
+    """Let the live target pass, only *revision* if that is given."""
+    return cell(REDIRECTS, TARGET, since=since, value=None if revision is None else revision.name.encode())
+
+
+def _ban(revision: Revision, since: datetime) -> Filter:
+    """Let the ban on *revision* pass, if there is one."""
+    return cell(REDIRECTS, _ban_column(revision), since=since)
+
+
+def _milliseconds(deadline: int) -> int:
+    """Round *deadline*, in microseconds, to what a timestamp can be."""
+    return min(max(deadline - deadline % 1000, 0), NEVER)
+
+
+def _tombstone(cells: Cells, now: datetime) -> Tombstone | None:
+    """Return the row's tombstone, if it has one that has not expired."""
+    target, stored = cells.get((REDIRECTS, TARGET)), cells.get((REDIRECTS, TOMBSTONE_METADATA))
+    if target is None:
+        return None
+    if stored is None:
+        _check_collected(target)
+        return None
+    metadata = decode_metadata(stored.value)
+    if _expired(metadata, now):
+        return None
+    return Tombstone(Revision(target.value.decode()), metadata)
+
+
+def _object(cells: Cells, now: datetime) -> Metadata | None:
+    """Return the metadata of the row's object, if it has one that has not expired."""
+    stored = cells.get((KEPT, METADATA)) or cells.get((COLLECTED, METADATA))
+    if stored is None:
+        return None
+    metadata = decode_metadata(stored.value)
+    return None if _expired(metadata, now) else metadata
+
+
+def _expired(metadata: Metadata, now: datetime) -> bool:
+    return metadata.time_expires is not None and metadata.time_expires <= now
+
+
+def _check_collected(left: Cell) -> None:
+    """Make sure that a row of which only *left* is there has expired: collection takes its cells one by one.
+
+    Raises:
+        BackendError: they do not expire, so the rest is lost.
+    """
+    if left.micros == NEVER:
+        raise BackendError("the row is damaged: one of its cells is missing")
+
+
+def _check_row(object_id: ObjectId, cells: Sequence[tuple[bytes, bytes]]) -> None:
+    """Refuse what Bigtable would refuse, or would not give back.
+
+    Raises:
+        TooLarge: a cell or the whole row.
+    """
+    sizes = [len(value) for _, value in cells]
+    if max(sizes) > CELL_BYTES_MAX:
+        raise TooLarge(f"a value of a Bigtable cell has at most {CELL_BYTES_MAX} bytes, not {max(sizes)}")
+    row = len(object_id.storage_path.encode()) + sum(sizes)
+    if row > ROW_BYTES_MAX:
+        raise TooLarge(f"a Bigtable row has at most {ROW_BYTES_MAX} bytes, not {row}")

@@ -1,0 +1,497 @@
+"""One Bigtable table over Google's asynchronous client: the edge where its filters, mutations and errors end.
+
+The client is imported when the first table is made (it takes a second or two), and connects at the first request.
+
+**A request**
+
+1. Sent with a deadline of :data:`ATTEMPT_SECONDS`.
+   * OK: answered.
+   * A passing fault (:data:`PASSING`, checklist BT-13), or a transport that fails: sent again at once,
+     :data:`ATTEMPTS` times in all. The client itself repeats nothing, a conditional write never (it calls that "not
+     idempotent"): so every request a caller sends has to be one that may be applied twice.
+   * Anything else: an error.
+2. The last error is translated here, once: ``BackendUnavailable`` where trying later helps, else ``BackendError``. Its
+   text is the status code; what the server said may hold keys.
+
+An attempt that ran into its deadline may still be applied, as its deadline goes with it to the server: within the time
+it takes to get there.
+
+**Close** waits :data:`CLOSE_SECONDS` for each of its steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from consumer.errors import BackendError, BackendUnavailable, ConfigError, TierstreamError
+from consumer.log import get_logger
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+ATTEMPT_SECONDS = 6.0
+"""Deadline of one attempt: a thousand times what a row takes, and three of them end before an attempt of the service
+does (``retry.attempt_timeout``, 20 s)."""
+
+ATTEMPTS = 3
+"""The first and two more, without delay (BT-13): what comes after that has a delay, and is the caller's."""
+
+SCAN_SECONDS = 60.0
+"""Deadline of one step of a scan, which may pass many rows that yield nothing."""
+
+CONNECT_SECONDS = 15.0
+"""How long credentials may take: a metadata server that is not there is asked for about ten."""
+
+CREATE_SECONDS = 60.0
+"""Deadline of making a table or a family."""
+
+CLOSE_SECONDS = 2.0
+"""How long each step of closing may take: nothing is in flight any more."""
+
+COLLECTED_AFTER = timedelta(seconds=1)
+"""Age at which cells of a collected family are removed: the smallest there is (BT-2). The timestamp is the deadline."""
+
+EMULATOR_VARIABLE = "BIGTABLE_EMULATOR_HOST"
+"""What makes the client speak to an emulator, without credentials and encryption."""
+
+EXTRA_HINT = "pip install tierstream[bigtable]"
+
+PASSING = frozenset(
+    {
+        "UNAVAILABLE",
+        "CANCELLED",
+        "DEADLINE_EXCEEDED",
+        "UNAUTHENTICATED",
+        "ABORTED",
+        "INTERNAL",
+        "FAILED_PRECONDITION",
+        "UNKNOWN",
+    }
+)
+"""Status codes after which the same request may succeed at once (BT-13)."""
+
+LATER = PASSING | {"RESOURCE_EXHAUSTED"}
+"""Status codes after which it may succeed later: a quota is not helped by asking at once."""
+
+
+class Cell(NamedTuple):
+    """What stands in a column."""
+
+    value: bytes
+    micros: int
+    """Its timestamp in microseconds, a multiple of 1,000."""
+
+
+Cells: TypeAlias = Mapping[tuple[str, bytes], Cell]
+"""The newest cell of each column of a row, by family and qualifier; empty where there is no row."""
+
+
+class Check(NamedTuple):
+    """The answer to a conditional write."""
+
+    matched: bool
+    """Whether the predicate let something pass, as the last attempt found the row."""
+    repeated: bool
+    """Whether an earlier attempt of the same request may have been applied."""
+
+
+Filter: TypeAlias = Any
+"""The client's ``RowFilter``."""
+
+Change: TypeAlias = Any
+"""The client's ``Mutation``."""
+
+
+@cache
+def vendor() -> Any:
+    """Return the client's package.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from google.cloud.bigtable import data  # noqa: PLC0415 - slow, and an extra
+    except ImportError:
+        raise ConfigError(f"storage type bigtable needs Google's client: {EXTRA_HINT}") from None
+    return data
+
+
+# ------------------------------------------------------------------------------------------------- filters, mutations
+
+
+def columns(pattern: bytes) -> Filter:
+    """Let the newest cell of each column pass whose whole qualifier matches *pattern*, in any family."""
+    filters = vendor().row_filters
+    return filters.RowFilterChain([filters.ColumnQualifierRegexFilter(pattern), filters.CellsColumnLimitFilter(1)])
+
+
+def cell(family: str, qualifier: bytes, *, since: datetime | None = None, value: bytes | None = None) -> Filter:
+    """Let the cells of one column pass, those not older than *since* and holding exactly *value*, if given."""
+    filters = vendor().row_filters
+    parts = [filters.ColumnRangeFilter(family, qualifier, qualifier), filters.CellsColumnLimitFilter(1)]
+    if since is not None:
+        parts.append(filters.TimestampRangeFilter(start=since))
+    if value is not None:
+        parts.append(filters.ValueRangeFilter(value, value))
+    return filters.RowFilterChain(parts)
+
+
+def any_of(*parts: Filter) -> Filter:
+    """Let pass what one of *parts* does."""
+    return vendor().row_filters.RowFilterUnion(list(parts))
+
+
+def first_is(qualifier: bytes, *parts: Filter) -> Filter:
+    """Of all that *parts* of one family let pass, let the first pass, and only if its column is *qualifier*.
+
+    The columns of a family are sorted by qualifier; the order of families is not defined. So this is "and not": the
+    column *qualifier* passes, unless one of the other parts lets an earlier column of the same family pass.
+    """
+    filters = vendor().row_filters
+    return filters.RowFilterChain(
+        [
+            filters.RowFilterUnion(list(parts)),
+            filters.CellsRowLimitFilter(1),
+            filters.ColumnQualifierRegexFilter(qualifier),
+        ]
+    )
+
+
+def without_value(part: Filter) -> Filter:
+    """Let pass what *part* does, with empty values."""
+    filters = vendor().row_filters
+    return filters.RowFilterChain([part, filters.StripValueTransformerFilter(flag=True)])
+
+
+def set_cell(family: str, qualifier: bytes, value: bytes, micros: int) -> Change:
+    """Write a cell; *micros* is a multiple of 1,000."""
+    return vendor().SetCell(family, qualifier, value, micros)
+
+
+def delete_family(family: str) -> Change:
+    """Remove all cells of a family from the row."""
+    return vendor().DeleteAllFromFamily(family)
+
+
+def delete_column(family: str, qualifier: bytes) -> Change:
+    """Remove all cells of a column from the row."""
+    return vendor().DeleteRangeFromColumn(family, qualifier)
+
+
+def delete_row() -> Change:
+    """Remove all cells of the row."""
+    return vendor().DeleteAllFromRow()
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+def status(error: BaseException) -> str:
+    """Return the status code of an answer, or the name of what went wrong before there was one."""
+    code = getattr(error, "grpc_status_code", None)
+    return type(error).__name__ if code is None else str(code.name)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell whether the same request may succeed at once: BT-13, and faults of transport, time and authentication."""
+    if getattr(error, "grpc_status_code", None) is not None:
+        return status(error) in PASSING and not _names_a_family(error)
+    return isinstance(error, OSError) or type(error).__module__.startswith(("google.auth.", "grpc"))
+
+
+def translate(error: Exception) -> TierstreamError:
+    """Return *error* of the client as one of ours; the text names the status, never a key or a value."""
+    if isinstance(error, TierstreamError):
+        return error
+    if status(error) == "NOT_FOUND" or _names_a_family(error):
+        return BackendError("bigtable: the table or one of its families is missing: run `tierstream storage init`")
+    later = is_passing(error) or status(error) in LATER
+    return (BackendUnavailable if later else BackendError)(f"bigtable: {status(error)}")
+
+
+def _names_a_family(error: BaseException) -> bool:
+    """Tell whether a family is missing; the emulator's status for that is UNKNOWN."""
+    return getattr(error, "grpc_status_code", None) is not None and "family" in str(error)
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True, slots=True)
+class TableName:
+    """Which table, and how to get there."""
+
+    project: str
+    instance: str
+    table: str
+    emulator_host: str | None = None
+    """HOST:PORT; without credentials. None: ``BIGTABLE_EMULATOR_HOST`` if that is set, else Google."""
+    app_profile: str | None = None
+    """It has to route to a single cluster: conditional writes are refused otherwise."""
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> TableName:
+        """Read the section of a tier or of the change log."""
+        return cls(settings.project, settings.instance, settings.table, settings.emulator_host, settings.app_profile)
+
+
+class BigtableTable:
+    """A connection to one table; used by the event loop that sends the first request.
+
+    Args:
+        name: Which.
+        families: The families it needs: True where cells are collected when their timestamp has passed.
+
+    Raises:
+        ConfigError: the client is not installed, or there are no credentials.
+    """
+
+    def __init__(self, name: TableName, families: Mapping[str, bool]) -> None:
+        vendor()
+        self.retries = 0
+        """Attempts that were repeated (MET-12)."""
+        self._name = name
+        self._families = families
+        self._client: Any = None
+        self._table: Any = None
+        self._connecting: asyncio.Lock | None = None
+
+    async def check_and_mutate(
+        self,
+        row_key: bytes,
+        predicate: Filter | None,
+        *,
+        matched: Sequence[Change] = (),
+        unmatched: Sequence[Change] = (),
+    ) -> Check:
+        """Write *matched* if *predicate* lets a cell of the row pass, else *unmatched*, atomically."""
+        attempts = 0
+
+        async def attempt(table: Any) -> bool:
+            nonlocal attempts
+            attempts += 1
+            done: bool = await table.check_and_mutate_row(
+                row_key,
+                predicate,
+                true_case_mutations=list(matched) or None,
+                false_case_mutations=list(unmatched) or None,
+            )
+            return done
+
+        return Check(await self._request(attempt), attempts > 1)
+
+    async def mutate(self, row_key: bytes, changes: Sequence[Change]) -> None:
+        """Write to a row, atomically and whatever it holds."""
+        await self._request(lambda table: table.mutate_row(row_key, list(changes)))
+
+    async def read(self, row_key: bytes, row_filter: Filter) -> Cells:
+        """Read what *row_filter* lets pass of a row."""
+        row = await self._request(lambda table: table.read_row(row_key, row_filter=row_filter))
+        return {} if row is None else _cells(row)
+
+    async def read_page(
+        self, after: bytes, end: bytes, row_filter: Filter, limit: int
+    ) -> Sequence[tuple[bytes, Cells]]:
+        """Read up to *limit* rows of which *row_filter* lets something pass, with keys from *after* to *end*."""
+        data = vendor()
+        scope = data.RowRange(start_key=after, end_key=end, start_is_inclusive=False, end_is_inclusive=False)
+        query = data.ReadRowsQuery(row_ranges=scope, row_filter=row_filter, limit=limit)
+        seconds = {"operation_timeout": SCAN_SECONDS, "attempt_timeout": SCAN_SECONDS}
+        rows = await self._request(lambda table: table.read_rows(query, **seconds))
+        return [(row.row_key, _cells(row)) for row in rows]
+
+    async def check(self) -> None:
+        """Make sure that table, families and permission to write are there, by deleting nothing.
+
+        Raises:
+            ConfigError: the table or one of its families is missing.
+            BackendError: the permission is missing.
+        """
+        nothing = [delete_column(family, b"-") for family in self._families]
+        try:
+            await self.mutate(b"~check", nothing)
+        except BackendError as error:
+            if isinstance(error.__cause__, Exception) and "storage init" in str(error):
+                raise ConfigError(f"{error} (table {self._name.table})") from error
+            raise
+
+    async def create(self) -> None:
+        """Make the table and the families that are missing; what is there is checked and left alone.
+
+        Raises:
+            ConfigError: a family is there that would lose what is to be kept.
+        """
+        from google.api_core.exceptions import AlreadyExists, NotFound  # noqa: PLC0415 - slow, and an extra
+
+        wanted = {
+            family: {"gc_rule": {"max_age": COLLECTED_AFTER}} if collected else {}
+            for family, collected in self._families.items()
+        }
+        parent = f"projects/{self._name.project}/instances/{self._name.instance}"
+        path = f"{parent}/tables/{self._name.table}"
+        losing: list[str] = []
+        channel, admin = await self._admin()
+        try:
+            try:
+                found = await admin.get_table(name=path, timeout=CREATE_SECONDS)
+            except NotFound:
+                try:
+                    table = {"column_families": wanted}
+                    found = await admin.create_table(
+                        parent=parent, table_id=self._name.table, table=table, timeout=CREATE_SECONDS
+                    )
+                except AlreadyExists:  # by another process, a moment ago
+                    found = await admin.get_table(name=path, timeout=CREATE_SECONDS)
+            for family, collected in self._families.items():
+                there = found.column_families.get(family)
+                if there is None:
+                    added = [{"id": family, "create": wanted[family]}]
+                    try:
+                        await admin.modify_column_families(name=path, modifications=added, timeout=CREATE_SECONDS)
+                    except AlreadyExists:
+                        continue
+                elif not collected and "gc_rule" in there:
+                    losing.append(family)
+        except Exception as error:
+            raise translate(error) from error
+        finally:
+            await channel.close()
+        if losing:
+            raise ConfigError(
+                f"table {self._name.table}: families {losing} have a collection rule and would lose what is to be kept"
+            )
+
+    async def close(self) -> None:
+        """Let go of the connection, bounded; a second call does nothing."""
+        table, client, self._table, self._client = self._table, self._client, None, None
+        if client is None:
+            return
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await table.close()
+                exporters = _taken_exporters(client)
+                await client.close(timeout=CLOSE_SECONDS)
+            if exporters:  # they end with a request of their own, and block
+                ending = [asyncio.to_thread(exporter.close) for exporter in exporters]
+                await asyncio.wait(map(asyncio.ensure_future, ending), timeout=CLOSE_SECONDS)
+        except TimeoutError:
+            log.warning("the Bigtable client did not close in time", seconds=CLOSE_SECONDS)
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    async def _request(self, attempt: Callable[[Any], Awaitable[T]]) -> T:
+        table = self._table or await self._connect()
+        failed = 0
+        while True:
+            try:
+                return await attempt(table)
+            except Exception as error:
+                failed += 1
+                if failed < ATTEMPTS and is_passing(error):
+                    self.retries += 1
+                    continue
+                raise translate(error) from error
+
+    async def _connect(self) -> Any:
+        if self._connecting is None:
+            self._connecting = asyncio.Lock()
+        async with self._connecting:
+            if self._table is None:
+                credentials = await self._credentials()
+                # Made on the event loop, which it is bound to. The environment is the client's only way to be told.
+                with _environment(EMULATOR_VARIABLE, self._name.emulator_host), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # that there is an emulator is no surprise
+                    self._client = vendor().BigtableDataClientAsync(project=self._name.project, credentials=credentials)
+                self._table = self._client.get_table(
+                    self._name.instance,
+                    self._name.table,
+                    app_profile_id=self._name.app_profile,
+                    default_operation_timeout=ATTEMPT_SECONDS,
+                    default_attempt_timeout=ATTEMPT_SECONDS,
+                    default_retryable_errors=(),
+                    default_read_rows_operation_timeout=ATTEMPT_SECONDS,
+                    default_read_rows_attempt_timeout=ATTEMPT_SECONDS,
+                    default_read_rows_retryable_errors=(),
+                )
+            return self._table
+
+    @property
+    def _emulator_host(self) -> str | None:
+        return self._name.emulator_host or os.environ.get(EMULATOR_VARIABLE)
+
+    async def _credentials(self) -> Any:
+        from google.auth import credentials, default  # noqa: PLC0415 - slow, and an extra
+        from google.auth.exceptions import DefaultCredentialsError  # noqa: PLC0415 - as above
+
+        if self._emulator_host is not None:
+            return credentials.AnonymousCredentials()
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):  # it reads files, and may ask a metadata server: in a thread
+                found, _ = await asyncio.to_thread(default)
+        except TimeoutError:
+            raise BackendUnavailable("bigtable: no credentials in time") from None
+        except DefaultCredentialsError:
+            raise ConfigError(
+                "bigtable: there are no Google credentials: set GOOGLE_APPLICATION_CREDENTIALS, or emulator_host"
+            ) from None
+        return found
+
+    async def _admin(self) -> tuple[Any, Any]:
+        """Return a client that makes tables, and the channel it uses."""
+        from google.cloud.bigtable_admin_v2.services.bigtable_table_admin import (  # noqa: PLC0415 - as above
+            BaseBigtableTableAdminAsyncClient,
+        )
+        from google.cloud.bigtable_admin_v2.services.bigtable_table_admin.transports import (  # noqa: PLC0415
+            BigtableTableAdminGrpcAsyncIOTransport,
+        )
+        from grpc import aio  # noqa: PLC0415 - as above
+
+        credentials = await self._credentials()
+        if self._emulator_host is not None:
+            channel = aio.insecure_channel(self._emulator_host)
+        else:
+            channel = BigtableTableAdminGrpcAsyncIOTransport.create_channel(credentials=credentials)
+        transport = BigtableTableAdminGrpcAsyncIOTransport(channel=channel, credentials=credentials)
+        return channel, BaseBigtableTableAdminAsyncClient(transport=transport)
+
+
+def _cells(row: Any) -> Cells:
+    """Return the newest cell of each column; they come sorted by time, newest first."""
+    found: dict[tuple[str, bytes], Cell] = {}
+    for one in row.cells:
+        found.setdefault((one.family, one.qualifier), Cell(one.value, one.timestamp_micros))
+    return found
+
+
+def _taken_exporters(client: Any) -> list[Any]:
+    """Take from the client what exports its metrics, so that it is not closed on the event loop."""
+    metrics: Any = getattr(client, "_metrics", None)
+    exporters = list(getattr(metrics, "handlers", ()))
+    if exporters:
+        metrics.handlers = []
+    return exporters
+
+
+@contextmanager
+def _environment(variable: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable for the block, if there is a value."""
+    before = os.environ.get(variable)
+    if value is not None:
+        os.environ[variable] = value
+    try:
+        yield
+    finally:
+        if value is not None:
+            if before is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = before
