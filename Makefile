@@ -20,7 +20,7 @@ TEST_ARGS ?=
 SOAK_ROUNDS ?= 60
 UV ?= uv
 
-.PHONY: help demo test lint bench soak clean lock
+.PHONY: help demo test lint bench soak docs clean lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ soak: $(VENV)/.dev-ready ## kill and restart the service under load, SOAK_ROUNDS
 	@echo "==> soaking: $(SOAK_ROUNDS) rounds of kill and restart under load"
 	TIERSTREAM_TEST_SOAK_ROUNDS=$(SOAK_ROUNDS) $(PY) -m pytest -s -m "broker and slow" tests/e2e $(TEST_ARGS)
 
+docs: $(VENV)/.dev-ready ## write again what is made from the code: metrics page, chart schema, values table, dashboard
+	PYTHONPATH=tests $(PY) tests/documents.py
+
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find consumer tests -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -61,6 +64,8 @@ lock: ## resolve the dependencies again into requirements*.lock (needs uv)
 	$(LOCK) --group build --extra demo --constraint requirements-dev.lock --output-file requirements-demo.lock
 	$(LOCK) --extra cloud --constraint requirements-dev.lock --output-file requirements-cloud.lock
 	$(LOCK) --constraint requirements-dev.lock --output-file requirements.lock
+	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(UV) pip compile --group build --quiet --universal --python-version 3.11 \
+		--generate-hashes --no-header --no-annotate --constraint requirements-dev.lock --output-file requirements-build.lock
 
 $(VENV)/.demo-ready: requirements-demo.lock pyproject.toml
 	@$(call build_environment,requirements-demo.lock)

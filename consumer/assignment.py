@@ -328,11 +328,8 @@ class Assignment:
     @property
     def wants_records(self) -> bool:
         """True where fetching, once stopped, should go on."""
-        return (
-            self.open
-            and self._executor is not None
-            and not self._giving_up
-            and (len(self._buffer) <= BUFFER_RECORDS_RESUME)
+        return self.open and self._executor is not None and not self._giving_up and (
+            len(self._buffer) <= BUFFER_RECORDS_RESUME
         )
 
     @property
@@ -888,3 +885,4 @@ class _DeadLetterLane:
 def _report(task: asyncio.Task[None], failed: Callable[[BaseException], None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         failed(error)
+

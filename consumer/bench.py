@@ -247,7 +247,9 @@ def _configure(folder: Path, bootstrap: str, topic: str, output: str, delivery: 
     return path
 
 
-async def _timed(command: list[str], log: Path, bootstrap: str, output: str, records: int, partitions: int) -> Run:
+async def _timed(
+    command: list[str], log: Path, bootstrap: str, output: str, records: int, partitions: int
+) -> Run:
     """Run *command* until *output* holds a response for each record; time it from outside.
 
     Raises:

@@ -265,7 +265,9 @@ def _text(data: bytes, at: int) -> tuple[str, int]:
     return data[at:end].decode(), end
 
 
-def _optional(data: bytes, at: int, read: Callable[[bytes, int], tuple[_Found, int]]) -> tuple[_Found | None, int]:
+def _optional(
+    data: bytes, at: int, read: Callable[[bytes, int], tuple[_Found, int]]
+) -> tuple[_Found | None, int]:
     """Read a union of null and what *read* reads."""
     index, at = read_index(data, at, 2)
     return read(data, at) if index else (None, at)
@@ -405,7 +407,9 @@ class _Reader:
         return metadata, at
 
 
-def _foreign_fields(fields: dict[str, Any], schema: Schema) -> tuple[str, list[tuple[str, str]], str | None, _Body]:
+def _foreign_fields(
+    fields: dict[str, Any], schema: Schema
+) -> tuple[str, list[tuple[str, str]], str | None, _Body]:
     """Take apart a datum of *schema* that fastavro has read into the fields of v1; nested defaults may be missing."""
     context = fields["context"]
     scopes = [(scope["name"], scope["value"]) for scope in context["scopes"]]
@@ -766,7 +770,9 @@ def encode_operation(operation: Operation, request_id: str | None = None) -> byt
     head = _context_bytes(operation.context) + _optional_string(request_id)
     if isinstance(operation, Insert):
         metadata = _metadata_bytes(operation.metadata)
-        return b"".join((head, b"\x00", _optional_string(operation.key), metadata, *_payload_parts(operation.payload)))
+        return b"".join(
+            (head, b"\x00", _optional_string(operation.key), metadata, *_payload_parts(operation.payload))
+        )
     return head + _number(_KINDS.index(operation.kind)) + _string(operation.key)
 
 

@@ -742,7 +742,21 @@ def json_schema() -> dict[str, Any]:
         for name, described_field in described["properties"].items():
             if "default" in described_field:  # as people write it, not as this program keeps it
                 described_field["default"] = defaults[name]
+            _name_bounds(described_field)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+_BOUNDS: Final = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum"}
+
+
+def _name_bounds(described: dict[str, Any]) -> None:
+    """Give bounds their names in JSON Schema: behind a validator pydantic leaves them under names of its own."""
+    for part in [described, *described.get("anyOf", ())]:
+        for ours, theirs in _BOUNDS.items():
+            if ours in part:
+                bound = part.pop(ours)
+                if isinstance(part.get("type"), str):  # durations and sizes are texts as well
+                    part[theirs] = bound
 
 
 def _section_models(models: Iterable[type[BaseModel]]) -> Iterator[type[BaseModel]]:

@@ -114,7 +114,9 @@ class ObjectId:
     def __init__(self, context: ObjectContext, key: str) -> None:
         check_key(key)
         path = context.storage_prefix + key
-        if len(path) > STORAGE_PATH_BYTES_MAX or (not path.isascii() and len(path.encode()) > STORAGE_PATH_BYTES_MAX):
+        if len(path) > STORAGE_PATH_BYTES_MAX or (
+            not path.isascii() and len(path.encode()) > STORAGE_PATH_BYTES_MAX
+        ):
             raise InvalidOperation(f"a storage path has at most {STORAGE_PATH_BYTES_MAX} bytes of UTF-8")
         object.__setattr__(self, "context", context)
         object.__setattr__(self, "key", key)

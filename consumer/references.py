@@ -45,7 +45,9 @@ window of references holds little memory."""
 THREADS = 4
 """Reads at a time: local disks gain nothing from more, and a hanging mount takes no more than these."""
 
-_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
+_PASSING = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+)
 """Errors of a file that say nothing about the reference: our limits, a mount that is away."""
 
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)/(.*)", re.DOTALL)

@@ -61,7 +61,9 @@ def broker(
         _end_on_sigterm()
         folder = data_dir or Path(stack.enter_context(TemporaryDirectory(prefix="tierstream-broker-")))
         running = stack.enter_context(DevBroker(folder, port=port))
-        settings = load(config, flags={"kafka.bootstrap_servers": running.bootstrap, "topics.replication_factor": 1})
+        settings = load(
+            config, flags={"kafka.bootstrap_servers": running.bootstrap, "topics.replication_factor": 1}
+        )
         topics = asyncio.run(_make_topics(settings))
         if as_json:
             say_json({"bootstrap": running.bootstrap, "topics": topics, "data_dir": str(folder)}, line=True)

@@ -522,3 +522,5 @@ def _bar(entry: Mapping[str, Any]) -> str:
 
 def _per_second(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.0f}"
+
+

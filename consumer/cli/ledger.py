@@ -57,7 +57,9 @@ def verify(
         str, typer.Option("--from", metavar="PLACE", help="earliest, latest, an offset, or an RFC 3339 time.")
     ] = "earliest",
     end: Annotated[str, typer.Option("--to", metavar="PLACE", help="As --from; exclusive.")] = "latest",
-    topic: Annotated[str | None, typer.Option("--topic", metavar="TOPIC", help="Default: all of input.topics.")] = None,
+    topic: Annotated[
+        str | None, typer.Option("--topic", metavar="TOPIC", help="Default: all of input.topics.")
+    ] = None,
     responses_from: Annotated[
         str | None,
         typer.Option(

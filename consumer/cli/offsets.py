@@ -25,7 +25,9 @@ def register(app: typer.Typer) -> None:
 # ------------------------------------------------------------------------------------------------- offset-map
 
 
-def show(config: ConfigFile = None, bootstrap: Bootstrap = None, group: Group = None, as_json: AsJson = False) -> None:
+def show(
+    config: ConfigFile = None, bootstrap: Bootstrap = None, group: Group = None, as_json: AsJson = False
+) -> None:
     """Show the stored offset map of every partition the group has committed.
 
     A map that is not valid has no effect, for the reason shown: records finished above the commit run again.

@@ -228,7 +228,9 @@ def response_line(record: Record, framing: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- lag
 
 
-def lag(config: ConfigFile = None, bootstrap: Bootstrap = None, group: Group = None, as_json: AsJson = False) -> None:
+def lag(
+    config: ConfigFile = None, bootstrap: Bootstrap = None, group: Group = None, as_json: AsJson = False
+) -> None:
     """Show how far the group is behind, per partition."""
     from consumer.kafka import tools
 

@@ -96,12 +96,16 @@ def admin_address(url: str | None, config: Path | None) -> str:
         return url.rstrip("/").removesuffix("/readyz")
     admin = configuration(config).admin
     if admin.port == 0:
-        raise Failure("admin.port is 0: the port was chosen at start", "--url http://HOST:PORT", exit_code=EXIT_USAGE)
+        raise Failure(
+            "admin.port is 0: the port was chosen at start", "--url http://HOST:PORT", exit_code=EXIT_USAGE
+        )
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(admin.host, admin.host)  # noqa: S104 - compared, not bound
     return f"http://[{host}]:{admin.port}" if ":" in host else f"http://{host}:{admin.port}"
 
 
-def fetch(address: str, seconds: float = HEALTH_SECONDS, bytes_max: int = ANSWER_BYTES_MAX) -> tuple[int, bytes]:
+def fetch(
+    address: str, seconds: float = HEALTH_SECONDS, bytes_max: int = ANSWER_BYTES_MAX
+) -> tuple[int, bytes]:
     """GET *address* directly, whatever proxy the environment names; return status and at most *bytes_max* of the body.
 
     Raises:

@@ -138,7 +138,9 @@ async def _stored(cluster: Cluster, group: str) -> list[Stored]:
             *place,
             offset=commit.offset,
             metadata=commit.metadata,
-            map=decode(commit.metadata, committed_offset=commit.offset, cluster_id=identity, end=ends.get(place)),
+            map=decode(
+                commit.metadata, committed_offset=commit.offset, cluster_id=identity, end=ends.get(place)
+            ),
         )
         for place, commit in sorted(commits.items())
     ]

@@ -128,7 +128,9 @@ class Replay:
         source = response_id(record.topic, record.partition, record.offset)
         topic, partition = self._target(record)
         headers = [
-            (name, value) for name, value in record.headers if not name.startswith(_DEAD_LETTER) and name != REPLAY_OF
+            (name, value)
+            for name, value in record.headers
+            if not name.startswith(_DEAD_LETTER) and name != REPLAY_OF
         ]
         headers.append((REPLAY_OF, source.encode()))
         truncated = _text(record, f"{_DEAD_LETTER}truncated") == "true"

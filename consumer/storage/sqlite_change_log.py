@@ -146,7 +146,9 @@ class SqliteChangeLog:
 
     def _keep_alive(self) -> None:
         if self._heartbeat is None:
-            self._heartbeat = self._database.every(self._lease_seconds / RENEWALS_PER_LEASE, self._renew, at_once=True)
+            self._heartbeat = self._database.every(
+                self._lease_seconds / RENEWALS_PER_LEASE, self._renew, at_once=True
+            )
 
     # ---------------------------------------------------------------------------------------------- in the thread
 

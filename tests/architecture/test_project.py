@@ -36,7 +36,7 @@ def test_every_locked_package_is_pinned_by_version_and_hash(lock: str) -> None:
     assert all(version and hashes for version, hashes in packages.values())
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", [*LOCKS, "requirements-build.lock"])
 def test_a_lock_names_no_address_and_no_place(lock: str) -> None:
     """A lock file is read on machines with other registries, mirrors and folders."""
     pin, digest = r"[a-z0-9.-]+==[^@/:]+ \\", r"    --hash=sha256:[0-9a-f]{64}( \\)?"
@@ -51,6 +51,7 @@ def test_each_lock_contains_the_smaller_one_unchanged() -> None:
 
     assert runtime.items() <= demo.items() <= dev.items()
     assert runtime.items() <= cloud.items() <= dev.items()
+    assert pinned("requirements-build.lock").items() <= dev.items()
 
 
 def test_python_versions_agree_everywhere() -> None:

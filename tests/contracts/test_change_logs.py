@@ -201,7 +201,9 @@ class TestRecovery:
 
         assert list(await open_durable_log(owner="other").recoverable()) == [change]
 
-    async def test_an_entry_survives_the_closing_of_everything(self, open_durable_log: OpenLog, an_id: AnId) -> None:
+    async def test_an_entry_survives_the_closing_of_everything(
+        self, open_durable_log: OpenLog, an_id: AnId
+    ) -> None:
         """LOG-1."""
         log = open_durable_log(owner="me")
         change = a_change(an_id("\N{SNOWMAN} é/../x"))

@@ -136,12 +136,9 @@ class TestPut:
         revision = new_revision(an_id())
         payload = b"p" * 1_500_000
 
-        assert (
-            await asyncio.gather(
-                *(long_term.put(revision, FULL, chunks_of(payload[:700_000], payload[700_000:])) for _ in range(8))
-            )
-            == [len(payload)] * 8
-        )
+        assert await asyncio.gather(
+            *(long_term.put(revision, FULL, chunks_of(payload[:700_000], payload[700_000:])) for _ in range(8))
+        ) == [len(payload)] * 8
 
         assert await long_term.get(revision) == StoredObject(replace(FULL, size=len(payload)), payload)
 

@@ -388,7 +388,9 @@ class TestInspect:
 
     def test_a_transactions_end_is_no_record(self, desk: Desk) -> None:
         """H9b; what was aborted can be looked at all the same."""
-        producer = Producer({"bootstrap.servers": desk.broker.bootstrap, "transactional.id": desk.dead, "log_level": 0})
+        producer = Producer(
+            {"bootstrap.servers": desk.broker.bootstrap, "transactional.id": desk.dead, "log_level": 0}
+        )
         producer.init_transactions(20)
         producer.begin_transaction()
         producer.produce(desk.operations, b"aborted", partition=0)
@@ -434,7 +436,9 @@ class TestRegistry:
         yield standing
         standing.close()
 
-    def test_they_are_asked_for_and_held_against_their_responses(self, desk: Desk, registry: StandingRegistry) -> None:
+    def test_they_are_asked_for_and_held_against_their_responses(
+        self, desk: Desk, registry: StandingRegistry
+    ) -> None:
         """Contract 2.4: `verify` and `inspect` decode them as the service does."""
         desk.tree["schema_registry"] = {"url": registry.stub.url}
         for schema_id, key in ((1, "right"), (1, "wrong"), (2, "unknown")):

@@ -301,7 +301,6 @@ class TestTail:
             text=True,
         ) as process:
             assert process.stdout
-
             # It cannot be seen from outside when it has found the end: put until it shows something.
             def ended() -> bool:
                 desk.put(desk.responses, b"new")

@@ -64,10 +64,9 @@ def test_metadata_come_back_exactly(metadata: Metadata) -> None:
         assert EPOCH + timedelta(microseconds=micros(metadata.time_expires)) == metadata.time_expires
 
 
-@given(
-    st.binary(max_size=60)
-    | METADATA.map(encode_metadata).flatmap(lambda stored: st.integers(0, len(stored)).map(lambda cut: stored[:cut]))
-)
+@given(st.binary(max_size=60) | METADATA.map(encode_metadata).flatmap(lambda stored: st.integers(0, len(stored)).map(
+    lambda cut: stored[:cut]
+)))
 def test_damaged_metadata_are_never_anything_but_our_error(stored: bytes) -> None:
     """What a disk gives back must not end the process."""
     try:

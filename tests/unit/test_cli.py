@@ -62,7 +62,9 @@ class Tierstream:
 
 
 @pytest.fixture
-def tierstream(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Tierstream:
+def tierstream(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Tierstream:
     """The command."""
     for name in [name for name in os.environ if name.startswith("TIERSTREAM_")]:
         monkeypatch.delenv(name)
@@ -176,7 +178,9 @@ class TestConfig:
         assert yaml.safe_load(said.out) == tierstream("config", "show", "--json", config=config).json
         assert yaml.safe_load(said.out)["kafka"]["group_id"] == "g: #"
 
-    def test_show_tells_where_values_come_from(self, tierstream: Tierstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_show_tells_where_values_come_from(
+        self, tierstream: Tierstream, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Contract 7: `--origin`; flags are the strongest."""
         monkeypatch.setenv("TIERSTREAM_ORDERING", "unordered")
         arguments = ("config", "show", "--origin", "--bootstrap", "b:1")
@@ -330,7 +334,9 @@ class TestHealth:
         assert said.out.startswith("not ready: no answer from http://127.0.0.1:")
 
     @pytest.mark.parametrize("arguments", [["--url", "localhost:1"], ["--config", "zero.yaml"]])
-    def test_an_address_that_cannot_be_known_is_wrong_usage(self, tierstream: Tierstream, arguments: list[str]) -> None:
+    def test_an_address_that_cannot_be_known_is_wrong_usage(
+        self, tierstream: Tierstream, arguments: list[str]
+    ) -> None:
         """With `admin.port: 0` only the log knows the port."""
         (tierstream.folder / "zero.yaml").write_text("admin: {port: 0}", encoding="utf-8")
 

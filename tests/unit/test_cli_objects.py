@@ -415,7 +415,9 @@ class TestVerify:
         asyncio.run(_make_empty(tmp_path))
         paths = {"high_volume": {"path": "empty.sqlite"}, "long_term": {"path": "empty"}}
 
-        said = tierstream("storage", "verify", "--repair", "--yes", config={"storage": {tier: paths[tier]}})
+        said = tierstream(
+            "storage", "verify", "--repair", "--yes", config={"storage": {tier: paths[tier]}}
+        )
 
         assert said.code == 1
         assert "one tier is empty and the other is not" in said.err

@@ -91,7 +91,9 @@ UNDERSTOOD = [
     pytest.param({"type": "map", "values": "long"}, {"type": "map", "values": "int"}, id="values"),
     pytest.param(record(field("a", "int")), record(field("a", "int"), field("b", "int")), id="a field dropped"),
     pytest.param(record(field("b", "int", default=1), field("a", "int")), record(field("a", "int")), id="a default"),
-    pytest.param(record(field("b", "int", aliases=["a"])), record(field("a", "int")), id="an alias of a field"),
+    pytest.param(
+        record(field("b", "int", aliases=["a"])), record(field("a", "int")), id="an alias of a field"
+    ),
     pytest.param(enum("A", "B"), enum("A"), id="symbols added"),
     pytest.param(enum("A", default="A"), enum("A", "B"), id="symbols dropped, with a default"),
     pytest.param(

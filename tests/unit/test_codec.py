@@ -1037,10 +1037,9 @@ class TestResponses:
         """`Decoded` made by hand, as a test or tool may."""
         decoded = Decoded(None, None, "r", CONTEXT, "get", "k")
 
-        assert (
-            self.encode(decoded, Deleted("k"))[1]
-            == self.encode(replace_context_bytes(decode(operation("get", "k", request_id="r"))), Deleted("k"))[1]
-        )
+        assert self.encode(decoded, Deleted("k"))[1] == self.encode(
+            replace_context_bytes(decode(operation("get", "k", request_id="r"))), Deleted("k")
+        )[1]
 
     def test_a_frame_stands_before_a_response_where_it_should(self) -> None:
         """Contract 2.4: `output.framing: single-object`."""

@@ -136,7 +136,9 @@ runtime:
 """The settings as the contract lists them, with their defaults."""
 
 
-def loaded(folder: Path, text: str = "", environ: Mapping[str, str] | None = None, **flags: object) -> Config:
+def loaded(
+    folder: Path, text: str = "", environ: Mapping[str, str] | None = None, **flags: object
+) -> Config:
     """Load a YAML text with an environment; no secret files but those the environment names."""
     path = folder / "config.yaml"
     path.write_text(text, encoding="utf-8")
@@ -680,6 +682,7 @@ usecases: {photos: {expirations: [ttl], max_seconds: 60, max_object_bytes: 1MB}}
         assert set(schema["properties"]) == set(Config.model_fields)
         assert kafka["session_timeout"]["default"] == "45s"
         assert schema["$defs"]["Limits"]["properties"]["record_bytes"]["default"] == "8MiB"
+        assert schema["$defs"]["Admin"]["properties"]["port"]["maximum"] == 65535
         assert schema["additionalProperties"] is False
         json.dumps(schema)
 

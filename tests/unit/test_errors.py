@@ -61,7 +61,9 @@ def test_an_error_says_what_it_is(
 
 def test_every_error_is_in_the_table_above() -> None:
     """So that a new one is a decision about its code, its level and its retries."""
-    ours = {thing for thing in vars(errors).values() if isinstance(thing, type) and issubclass(thing, TierstreamError)}
+    ours = {
+        thing for thing in vars(errors).values() if isinstance(thing, type) and issubclass(thing, TierstreamError)
+    }
 
     assert ours - {TierstreamError} == {row[0] for row in TABLE}
 

@@ -201,7 +201,9 @@ class TestDamage:
         with pytest.raises(BackendError, match="another"):
             await backend.get(other)
 
-    async def test_a_payload_without_its_description_is_not_there(self, backend: FilesystemBackend, root: Path) -> None:
+    async def test_a_payload_without_its_description_is_not_there(
+        self, backend: FilesystemBackend, root: Path
+    ) -> None:
         """A crash between the two renames: never acknowledged, and a delete removes it."""
         revision = a_revision()
         await backend.put(revision, Metadata(), b"payload")
@@ -212,7 +214,9 @@ class TestDamage:
         await backend.delete(revision)
         assert await in_thread(files, root) == []
 
-    async def test_a_description_without_its_payload_is_not_there(self, backend: FilesystemBackend, root: Path) -> None:
+    async def test_a_description_without_its_payload_is_not_there(
+        self, backend: FilesystemBackend, root: Path
+    ) -> None:
         """A crash of the host may keep the second rename without the first."""
         revision = a_revision()
         await backend.put(revision, Metadata(), b"payload")
@@ -286,7 +290,9 @@ class TestFaults:
         assert steps == ["file", "file", "payload", "json", "folder", "folder"]
         assert len(await in_thread(files, root)) == 2
 
-    async def test_a_delete_is_durable_too(self, backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_delete_is_durable_too(
+        self, backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Else a power cut brings back a revision whose change-log entry is gone."""
         revision = a_revision()
         await backend.put(revision, Metadata(), b"payload")

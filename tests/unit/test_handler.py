@@ -421,7 +421,9 @@ class TestTooLate:
     async def test_without_a_limit_an_attempt_may_take_for_ever(self) -> None:
         """``attempt_timeout_seconds=None``."""
         storage = GatedStorage("k")
-        task = asyncio.create_task(handler(storage, retry=RetryPolicy(attempt_timeout_seconds=None)).apply(head("k")))
+        task = asyncio.create_task(
+            handler(storage, retry=RetryPolicy(attempt_timeout_seconds=None)).apply(head("k"))
+        )
         await settled()
         assert not task.done()
         storage.let_go("k")
