@@ -20,10 +20,10 @@ TEST_ARGS ?=
 SOAK_ROUNDS ?= 60
 UV ?= uv
 
-.PHONY: help demo test lint bench soak docs clean lock
+.PHONY: help demo test lint bench bench-peers soak docs clean lock
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo-ready ## stream real files through the whole service on an embedded broker, and check the result
 	@echo "==> running the demo: embedded broker, sqlite and filesystem tiers in a temporary folder"
@@ -44,6 +44,11 @@ lint: $(VENV)/.dev-ready ## ruff, mypy --strict and the import contracts
 bench: $(VENV)/.demo-ready ## measure the service against a bare client loop on the same broker
 	@echo "==> measuring throughput"
 	$(PY) -m consumer bench $(BENCH_ARGS)
+
+bench-peers: $(VENV)/.dev-ready ## compare with other Kafka consumers, given the folder of their drivers: PEERS=...
+	@test -n "$(PEERS)" || { echo "hint: make bench-peers PEERS=/folder/of/the/peers" >&2; exit 2; }
+	@echo "==> comparing with the peers"
+	PYTHONPATH=tests $(PY) tests/peers/bench.py --source $(PEERS) $(BENCH_ARGS)
 
 soak: $(VENV)/.dev-ready ## kill and restart the service under load, SOAK_ROUNDS times
 	@echo "==> soaking: $(SOAK_ROUNDS) rounds of kill and restart under load"

@@ -512,6 +512,8 @@ class MemoryTier(_Section):
 
     type: Literal["memory"]
     """memory"""
+    latency: Duration = 0.0
+    """What each request takes, for measurements; 0 = nothing."""
 
 
 class SqliteTier(_Section):

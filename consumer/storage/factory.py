@@ -49,7 +49,7 @@ def make_high_volume(settings: TierSettings) -> HighVolumeBackend:
     """
     match settings.type:
         case "memory":
-            return MemoryBackend()
+            return MemoryBackend(latency=getattr(settings, "latency", 0.0))
         case "sqlite":
             return SqliteBackend(_path(settings))
         case "bigtable":
@@ -66,7 +66,7 @@ def make_long_term(settings: TierSettings) -> LongTermBackend:
     """
     match settings.type:
         case "memory":
-            return MemoryBackend()
+            return MemoryBackend(latency=getattr(settings, "latency", 0.0))
         case "filesystem":
             return FilesystemBackend(_path(settings))
         case "gcs":

@@ -1,8 +1,9 @@
 """Both tiers and the change log in the memory of one process: for tests, measurements, and data nobody will miss.
 
 A *verified* fake: it passes the contract suites of the real backends, so what is built over it holds over them. Rows
-and revisions lie in two dictionaries of their own, so one instance may serve as both tiers. No method suspends; each
-one is therefore atomic on the event loop. Everything kept is immutable, so nothing is copied on the way in or out.
+and revisions lie in two dictionaries of their own, so one instance may serve as both tiers. A method waits before it
+begins, where it was told to (``latency``), and then does not suspend; each one is therefore atomic on the event loop.
+Everything kept is immutable, so nothing is copied on the way in or out.
 
 What has expired is absent at once; its memory comes back when the name is met again, and at the latest in a sweep
 after as many expiring writes as there are entries, which makes the sweep a constant cost per write.
@@ -10,6 +11,7 @@ after as many expiring writes as there are entries, which makes the sweep a cons
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -46,10 +48,12 @@ class MemoryBackend:
 
     Args:
         clock: Tells the time by which rows expire.
+        latency: Seconds that each read and write of an object takes, to measure with; 0 = it does not even suspend.
     """
 
-    def __init__(self, *, clock: Callable[[], datetime] = now_utc) -> None:
+    def __init__(self, *, clock: Callable[[], datetime] = now_utc, latency: float = 0.0) -> None:
         self._clock = clock
+        self._latency = latency
         self._rows: dict[str, StoredObject | Tombstone] = {}
         self._revisions: dict[str, StoredObject] = {}
         self._forbidden: dict[str, datetime] = {}
@@ -59,6 +63,8 @@ class MemoryBackend:
 
     async def put_non_tombstone(self, object_id: ObjectId, metadata: Metadata, payload: bytes) -> Tombstone | None:
         """Store the object inline, with its size filled in (HV-10), or return the live tombstone found (HV-1)."""
+        if self._latency:
+            await asyncio.sleep(self._latency)
         path = object_id.storage_path
         row = self._rows.get(path)
         if isinstance(row, Tombstone) and not expired(row.metadata, self._clock):
@@ -70,15 +76,21 @@ class MemoryBackend:
 
     async def get_tiered(self, object_id: ObjectId) -> TieredRead:
         """Read the row (HV-2)."""
+        if self._latency:
+            await asyncio.sleep(self._latency)
         return self._live_row(object_id.storage_path)
 
     async def head_tiered(self, object_id: ObjectId) -> TieredHead:
         """Read the row without its payload (HV-2)."""
+        if self._latency:
+            await asyncio.sleep(self._latency)
         row = self._live_row(object_id.storage_path)
         return row.metadata if isinstance(row, StoredObject) else row
 
     async def delete_non_tombstone(self, object_id: ObjectId) -> Tombstone | None:
         """Delete the object, if any, or return the live tombstone found (HV-4)."""
+        if self._latency:
+            await asyncio.sleep(self._latency)
         row = self._live_row(object_id.storage_path)
         if isinstance(row, Tombstone):
             return row
@@ -87,6 +99,8 @@ class MemoryBackend:
 
     async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
         """Write if the live tombstone is *current* (None: there is none), HV-5 … HV-9."""
+        if self._latency:
+            await asyncio.sleep(self._latency)
         path = object_id.storage_path
         row = self._live_row(path)
         found = row.target if isinstance(row, Tombstone) else None
@@ -125,6 +139,8 @@ class MemoryBackend:
 
     async def put(self, revision: Revision, metadata: Metadata, payload: Payload) -> int:
         """Store the payload under a name of its own; a failing iterator leaves nothing."""
+        if self._latency:
+            await asyncio.sleep(self._latency)
         if isinstance(payload, AsyncIterable):
             payload = b"".join([chunk async for chunk in payload])
         if metadata.size != len(payload):
@@ -136,15 +152,21 @@ class MemoryBackend:
 
     async def get(self, revision: Revision) -> StoredObject | None:
         """Read metadata and payload."""
+        if self._latency:
+            await asyncio.sleep(self._latency)
         return self._live_revision(revision.name)
 
     async def head(self, revision: Revision) -> Metadata | None:
         """Read the metadata only."""
+        if self._latency:
+            await asyncio.sleep(self._latency)
         found = self._live_revision(revision.name)
         return None if found is None else found.metadata
 
     async def delete(self, revision: Revision) -> None:
         """Remove the revision; removing an absent one is a success (GCS-6)."""
+        if self._latency:
+            await asyncio.sleep(self._latency)
         self._revisions.pop(revision.name, None)
 
     async def scan_revisions(self) -> AsyncGenerator[Revision, None]:

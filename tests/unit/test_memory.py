@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+import pytest
 
 from consumer.ids import ObjectContext, ObjectId
 from consumer.operations import Metadata
@@ -37,6 +40,30 @@ def run_through(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return stop.value
     coroutine.close()
     raise AssertionError("it suspended")
+
+
+async def test_every_request_takes_the_latency_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For measurements: what a tier elsewhere would take."""
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    backend = MemoryBackend(latency=0.02)
+    revision = new_revision(an_id())
+
+    await backend.put_non_tombstone(an_id(), Metadata(), b"x")
+    await backend.get_tiered(an_id())
+    await backend.head_tiered(an_id())
+    await backend.compare_and_write(an_id(), None, Tombstone(revision, Metadata(size=1)))
+    await backend.delete_non_tombstone(an_id())
+    await backend.put(revision, Metadata(), b"x")
+    await backend.get(revision)
+    await backend.head(revision)
+    await backend.delete(revision)
+
+    assert waited == [0.02] * 9
 
 
 def test_no_method_suspends() -> None:
