@@ -21,6 +21,7 @@ The flow, and who owns what
 * :mod:`consumer.kafka.publisher` owns the Kafka producer; one lane for each output partition keeps the order.
 * An :class:`~consumer.assignment.Assignment` owns its reservation, its running operations and its offset tracker, from
   *assigned* to *drained*.
+* :mod:`consumer.watchdog` judges what stands still for no reason; ``app`` shows it the process, and ends it with 3.
 * :mod:`consumer.storage.change_log` owns the clean-up that outlives an operation; ``app`` joins it last.
 
 Modules import downwards only: pyproject.toml declares the layers, ``make lint`` holds them. Vendors stay at their edge:

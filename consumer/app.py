@@ -5,6 +5,10 @@ broker is not an exit: the service stays up, not ready, and goes on trying. Miss
 compacted without leave, are exit 2. With ``output.framing: confluent`` the schema registry has to take the responses'
 schema: it is waited for like a broker, and its refusal is exit 2.
 
+While it runs: a watchdog (:mod:`consumer.watchdog`) is shown every few seconds what moves. Where something stands still
+for no reason, and the brokers would answer a fresh connection, the process ends with exit 3, as it does for any other
+failure that a restart mends: not ready, every task's stack in the log, stopped in the order below without a drain.
+
 Stop, in this order, each step with a deadline:
 
 1. *Poller*: poll no more, finish and answer what was started, commit, leave the group. Answers need the publisher, and
@@ -27,6 +31,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,8 +60,10 @@ from consumer.registry import SchemaRegistry
 from consumer.responses import response_partition
 from consumer.retry import RetryPolicy
 from consumer.service import StorageService
+from consumer.stacks import task_stacks
 from consumer.storage.factory import make_change_log, make_high_volume, make_long_term, open_parts
 from consumer.storage.tiered import TieredStorage
+from consumer.watchdog import LOOK_SECONDS, Suspicion, Watchdog, WatchdogTripped, watchdog_limits
 
 CLEAN, FAILURE, USAGE, FATAL, POISONED = 0, 1, 2, 3, 4
 """Exit codes (contract 11)."""
@@ -68,6 +75,9 @@ CLIENT_STOP_SECONDS = 3.0
 PUBLISHER_STOP_SECONDS = 2.0
 STORAGE_STOP_SECONDS = 3.0
 """With the final commit's 5 s these three stay below :data:`STOP_MARGIN_SECONDS`."""
+
+STACKS_A_LINE = 40
+"""Tasks whose stacks share a line of the log: below what a line shows of a list."""
 
 SAMPLE_SECONDS = 5.0
 """How often the entries of the change log are counted, for metrics and state."""
@@ -160,6 +170,7 @@ class App:
         self._schemas: SchemaRegistry | None = None
         self._publisher: Publisher | None = None
         self._poller: Poller | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Start, wait, stop."""
@@ -198,6 +209,8 @@ class App:
             config.rebalance.drain_timeout + STOP_MARGIN_SECONDS, self._give_up_stopping
         )
         await _cancelled(starting)
+        if self._watching is not None:
+            await _cancelled(self._watching)
         await self._shut_down()
         await _cancelled(sampler)
         self._state = "stopped"
@@ -255,8 +268,11 @@ class App:
             fatal=self._failed,
             poison_stops=config.dead_letter.on_limit == "stop",
             transactions=_transactions(config, plan) if config.delivery == "exactly-once" else None,
+            committed_only=config.input.isolation == "read_committed",
         )
         await poller.start()
+        self._watching = asyncio.create_task(self._watch(poller, publisher), name="watchdog")
+        self._watching.add_done_callback(self._task_ended)
         self._not_started = None
         self._state = "running"
 
@@ -362,7 +378,42 @@ class App:
         else:
             self._exit_code = FATAL
             log.critical("fatal: a restart is right", exc_info=error)
+            stacks = task_stacks()
+            for first in range(0, len(stacks), STACKS_A_LINE):
+                log.critical("task stacks", tasks=stacks[first : first + STACKS_A_LINE])
         self._stop.set()
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed(error)
+
+    async def _watch(self, poller: Poller, publisher: Publisher) -> None:
+        """Show the watchdog what moves, until it trips.
+
+        Raises:
+            WatchdogTripped: something stands still, and a restart is right.
+        """
+        config = self._config
+        watchdog = Watchdog(
+            watchdog_limits(
+                rebalance_timeout=config.rebalance.timeout,
+                request_timeout=config.kafka.request_timeout,
+                attempts=config.retry.attempts,
+                attempt_timeout=config.retry.attempt_timeout,
+                backoff_max=config.retry.max,
+            )
+        )
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for suspicion in self._suspicions(watchdog, poller, publisher):
+                if not await poller.confirms(suspicion):
+                    watchdog.excuse(suspicion)
+                elif suspicion in self._suspicions(watchdog, poller, publisher):  # asking takes time
+                    raise WatchdogTripped(suspicion.text)
+
+    def _suspicions(self, watchdog: Watchdog, poller: Poller, publisher: Publisher) -> list[Suspicion]:
+        seen = poller.observation()
+        return watchdog.look(replace(seen, dead=seen.dead or publisher.dead_task()), time.monotonic())
 
     def _give_up_stopping(self) -> None:
         seconds = self._config.rebalance.drain_timeout + STOP_MARGIN_SECONDS

@@ -43,7 +43,7 @@ from uuid import UUID, uuid5
 from consumer.budget import ByteBudget
 from consumer.codec import Decoded, OperationDecoder, ResponseEncoder
 from consumer.errors import DEAD_LETTER_CODES, AtCapacity, OperationPanic, TierstreamError, TooLarge
-from consumer.executor import StreamExecutor
+from consumer.executor import OldestOperation, StreamExecutor
 from consumer.log import get_logger, key_digest
 from consumer.metrics import UNKNOWN_KIND, Counts, OldestState, PartitionState
 from consumer.offset_map import encode
@@ -53,6 +53,7 @@ from consumer.poison import UNLIMITED, PoisonPolicy
 from consumer.registry import SchemaRegistry
 from consumer.responses import DeadLetters, Header, ResponseHeaders
 from consumer.service import StorageService
+from consumer.watchdog import PartitionSeen
 
 Outcome: TypeAlias = OpResponse | Exception
 
@@ -804,6 +805,26 @@ class Assignment:
             "last_commit_timestamp": self.committed_at,
             "offset_map_bytes": len(self.committed_map) if self.committed is not None else None,
         }
+
+    @property
+    def holds_records(self) -> bool:
+        """True where fetched records wait, or are worked on, or their answers are not acknowledged."""
+        return bool(self._buffer or self._chunk or self._entries)
+
+    def seen(self, shared_reasons: Iterable[str], of_older_run: OldestOperation | None) -> PartitionSeen:
+        """Describe this partition for the watchdog; *of_older_run* is the oldest operation of an earlier epoch."""
+        executor = self._executor
+        oldest = [one for one in (of_older_run, executor.oldest() if executor is not None else None) if one is not None]
+        return PartitionSeen(
+            topic=self.topic,
+            partition=self.partition,
+            progress=(self.epoch, self.begun, self.cursor, self.watermark),
+            lag=self.lag,
+            reasons=[*self.paused_for(), *shared_reasons],
+            oldest_seconds=max((one.age_seconds for one in oldest), default=None),
+            holds_bytes=self.holds_records,
+            holds_permits=executor is not None or of_older_run is not None,
+        )
 
     def _oldest(self) -> OldestState | None:
         executor = self._executor

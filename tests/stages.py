@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,16 @@ class Stage:
         group: str = self.config["kafka"]["group_id"]
         return group
 
-    def start(self, *, ready: bool = True, partitions: int | None = None, name: str = "service") -> ServiceProcess:
+    def start(
+        self,
+        *,
+        ready: bool = True,
+        partitions: int | None = None,
+        name: str = "service",
+        environment: Mapping[str, str] | None = None,
+    ) -> ServiceProcess:
         """Start a member of the group; wait until it is ready unless told not to."""
-        service = ServiceProcess(self.folder, self.config, name=name)
+        service = ServiceProcess(self.folder, self.config, name=name, **(environment or {}))
         self.processes.append(service)
         if ready:
             service.wait_ready(partitions)

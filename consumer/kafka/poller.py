@@ -23,7 +23,8 @@ Any exception out of ``getmany`` means that positions are no longer what was han
 sought to its own cursor again. Where what the client has fetched of a partition cannot be read (a damaged batch), that
 partition is set aside for a while, or it would take the others' records with it again and again. The client's
 background tasks can die while polling goes on finding nothing (H3, H17c); poll looks at them each time round and ends
-the process with *fatal*, as a restart is right then.
+the process with *fatal*, as a restart is right then. A poll that itself hangs, and whatever else stands still for no
+reason, is for :mod:`consumer.watchdog` to judge: it is shown :meth:`Poller.observation`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ from consumer.metrics import CommitOutcome, PartitionState, RebalanceOutcome
 from consumer.offset_map import Run, SizeLimit, count, decode
 from consumer.permits import WindowExhausted, WindowPolicy, plan_windows
 from consumer.poison import PoisonLimitReached
+from consumer.watchdog import Observation, PartitionSeen, Suspicion
 
 Start: TypeAlias = Literal["earliest", "latest"]
 OutOfRange: TypeAlias = Literal["pause", "earliest", "latest"]
@@ -147,6 +149,7 @@ class Poller(ConsumerRebalanceListener):
         fatal: Called once with the exception that makes a restart right.
         poison_stops: Whether a partition with too many poison records ends the service, or is only read no more.
         transactions: Exactly-once: responses and offsets in transactions; None = offsets are committed by schedule.
+        committed_only: Whether input is read ``read_committed``, that is up to the oldest open transaction.
     """
 
     def __init__(
@@ -168,6 +171,7 @@ class Poller(ConsumerRebalanceListener):
         fatal: Callable[[BaseException], None],
         poison_stops: bool = False,
         transactions: Transactions | None = None,
+        committed_only: bool = True,
     ) -> None:
         self.rebalancing = True
         """True until the first assignment, and from each revocation to the next assignment."""
@@ -188,6 +192,7 @@ class Poller(ConsumerRebalanceListener):
         self._poison_limits: dict[TopicPartition, str] = {}
         """Partitions of which this process reads no more, and why; some may be assigned to other members by now."""
         self._transactions = transactions
+        self._committed_only = committed_only
         self._writers: dict[TopicPartition, TransactionWriter] = {}
         self._consumer: AIOKafkaConsumer | None = None
         self._epoch = 0
@@ -209,6 +214,8 @@ class Poller(ConsumerRebalanceListener):
         self._poll_failures = 0
         """In a row."""
         self._poll_error = ""
+        self._polls = 0
+        """How often the poll loop has come round."""
         self._map_size = SizeLimit()
         self._releasing = asyncio.Lock()
         self._committing = asyncio.Lock()
@@ -271,6 +278,7 @@ class Poller(ConsumerRebalanceListener):
         consumer = self._client
         while True:
             self._check_client()
+            self._polls += 1
             wanted = tuple(self._fetching)
             try:
                 fetched = await consumer.getmany(
@@ -421,11 +429,17 @@ class Poller(ConsumerRebalanceListener):
                 self._client.seek(partition, position)
 
     def _check_client(self) -> None:
-        """See that the client's own tasks live (H3, H17c); private names, held by a test against the pinned version.
+        """See that the client's own tasks live (H3, H17c).
 
         Raises:
             ClientDead: one of them has ended.
         """
+        ended = self._ended_task()
+        if ended is not None:
+            raise ClientDead(ended)
+
+    def _ended_task(self) -> str | None:
+        """Tell which of the client's own tasks has ended; private names, held by a test against the pinned version."""
         consumer = self._client
         for owner, name in (
             (consumer._fetcher, "_fetch_task"),  # noqa: SLF001
@@ -434,7 +448,8 @@ class Poller(ConsumerRebalanceListener):
         ):
             task = getattr(owner, name)
             if task is not None and task.done():
-                raise ClientDead(f"the client's {name} has ended: {_why(task)}")
+                return f"the client's {name} has ended: {_why(task)}"
+        return None
 
     # ------------------------------------------------------------------------------------------ rebalance
 
@@ -817,6 +832,53 @@ class Poller(ConsumerRebalanceListener):
                     async with asyncio.timeout(1):
                         assignment.advance(await self._client.position(partition))
 
+    # ------------------------------------------------------------------------------------------ for the watchdog
+
+    def observation(self) -> Observation:
+        """Describe what moves, and why what stands does."""
+        shared = self.shared_reasons()
+        if self._poll_failures and "AuthorizationFailed" in self._poll_error:
+            shared.append("refused")
+        preparing = self._prepare_task is not None and not self._prepare_task.done()
+        return Observation(
+            polls=self._polls,
+            epoch=self._epoch,
+            rebalancing=self.rebalancing and not preparing,
+            metadata=self._client._client.cluster._last_successful_refresh_ms,  # noqa: SLF001 - held by a test
+            partitions=[self._seen(partition, shared) for partition in self._assignments],
+            dead=self._ended_task(),
+        )
+
+    def _seen(self, partition: TopicPartition, shared: list[str]) -> PartitionSeen:
+        self._look_at_the_log_end(partition)
+        reasons = [*shared, "unreadable"] if partition in self._unreadable else shared
+        older = self._older_runs.get(partition)
+        return self._assignments[partition].seen(reasons, None if older is None else older.oldest())
+
+    async def confirms(self, suspicion: Suspicion) -> bool:
+        """Hold a suspicion against the brokers, over a connection of its own: would a restart help?
+
+        Returns:
+            False where the brokers do not answer either, or the group is busy rebalancing, or there is nothing to read.
+        """
+        if suspicion.kind == "client":
+            return True
+        try:
+            async with self._ask_cluster() as cluster:
+                if suspicion.partition is None:
+                    group = await cluster.group(self._group_id)
+                    return suspicion.kind == "metadata" or "Rebalance" not in group.state
+                partition = TopicPartition(*suspicion.partition)
+                await cluster.committed(self._group_id, [partition])
+                ends = await cluster.offsets([partition], LATEST, committed_only=self._committed_only)
+        except (ClusterUnavailable, ClusterRefusal) as error:
+            log.warning("the brokers do not answer either: waiting on", suspicion=suspicion.text, error=str(error))
+            return False
+        assignment = self._assignments.get(partition)
+        if assignment is None:
+            return False
+        return not assignment.begun or assignment.holds_records or assignment.cursor < ends[partition]
+
     # ------------------------------------------------------------------------------------------ what can be seen
 
     @property
@@ -848,16 +910,24 @@ class Poller(ConsumerRebalanceListener):
     def _look_at_the_log_end(self, partition: TopicPartition) -> None:
         """Take over the high watermark that came with the last fetch, where fetches tell it."""
         assignment = self._assignments[partition]
-        if assignment.fetching and partition in self._client.assignment():
+        if self._is_told_by_fetches(partition) and partition in self._client.assignment():
             end = self._client.highwater(partition)
             if end is not None:
                 assignment.high_watermark = end
+
+    def _is_told_by_fetches(self, partition: TopicPartition) -> bool:
+        """Tell whether fetches are sent and answered, be it with nothing: each answer tells the end of the log."""
+        return partition in self._fetching and self._silent_seconds(partition, time.monotonic()) < LOG_END_SECONDS
 
     async def _ask_for_log_ends(self) -> None:
         """Ask again and again for the log ends that no fetch tells."""
         while True:
             await asyncio.sleep(LOG_END_SECONDS)
-            untold = {partition: one for partition, one in self._assignments.items() if one.begun and not one.fetching}
+            untold = {
+                partition: one
+                for partition, one in self._assignments.items()
+                if one.begun and not self._is_told_by_fetches(partition)
+            }
             if not untold:
                 continue
             try:
@@ -867,7 +937,7 @@ class Poller(ConsumerRebalanceListener):
                 log.warning("log ends unknown", partitions=len(untold), error=repr(error))
                 continue
             for partition, end in ends.items():
-                if not untold[partition].fetching:
+                if not self._is_told_by_fetches(partition):
                     untold[partition].high_watermark = end
 
     def not_ready(self) -> list[str]:

@@ -222,6 +222,16 @@ class Publisher:
         """Records appended and not acknowledged."""
         return sum(lane.waiting for lane in self._lanes.values())
 
+    def dead_task(self) -> str | None:
+        """Tell in words whether the producer's metadata task has ended: it would never learn of a moved leader (H34).
+
+        The one that sends needs no watching: when it ends, the client fails every batch.
+        """
+        task = None if self._usable is None else self._usable.client._sync_task  # noqa: SLF001 - told nowhere else
+        if task is None or not task.done():
+            return None
+        return f"the producer's _sync_task has ended: {'cancelled' if task.cancelled() else repr(task.exception())}"
+
     def lane(self, topic: str, partition: int) -> Lane:
         """The lane of one output partition, made on first use.
 

@@ -272,23 +272,27 @@ class Cluster:
         """
         return await self._persistently(f"group {group}", lambda: self._group(group))
 
-    async def offsets(self, partitions: Iterable[Partition], at: int) -> dict[Partition, int]:
+    async def offsets(
+        self, partitions: Iterable[Partition], at: int, *, committed_only: bool = False
+    ) -> dict[Partition, int]:
         """Return an offset of each partition, in their order.
 
         Args:
             partitions: Existing partitions.
             at: :data:`EARLIEST`, :data:`LATEST` (the high watermark: where the next record will be), or milliseconds
                 since the epoch: the first record of that time or later, the end where there is none.
+            committed_only: The end is where the oldest open transaction begins: up to there ``read_committed`` reads.
 
         Raises:
             ClusterUnavailable: no answer in time.
             ClusterRefusal: not authorised.
         """
         asked = sorted(set(partitions))
-        found = await self._persistently("offsets", lambda: self._offsets(asked, at))
+        isolation = int(committed_only)
+        found = await self._persistently("offsets", lambda: self._offsets(asked, at, isolation))
         late = [partition for partition, offset in found.items() if offset < 0]
         if late:
-            found |= await self._persistently("offsets", lambda: self._offsets(late, LATEST))
+            found |= await self._persistently("offsets", lambda: self._offsets(late, LATEST, isolation))
         return {partition: found[partition] for partition in asked}
 
     # ------------------------------------------------------------------------------------------ single attempts
@@ -376,7 +380,7 @@ class Cluster:
         members = frozenset(str(member["member_id"]) for member in described["members"])
         return GroupState(described["state"], len(members), members)
 
-    async def _offsets(self, asked: list[Partition], at: int) -> dict[Partition, int]:
+    async def _offsets(self, asked: list[Partition], at: int, isolation: int) -> dict[Partition, int]:
         topics = await self._topics(sorted({topic for topic, _ in asked}))
         by_leader: dict[int, dict[str, list[tuple[int, int]]]] = {}
         for name, partition in asked:
@@ -387,7 +391,7 @@ class Cluster:
             by_leader.setdefault(leader, {}).setdefault(name, []).append((partition, at))
         found: dict[Partition, int] = {}
         for leader, wanted in by_leader.items():
-            answer = await self._ask(OffsetRequest(-1, 0, list(wanted.items())), node=leader)
+            answer = await self._ask(OffsetRequest(-1, isolation, list(wanted.items())), node=leader)
             for topic_answer in answer["topics"]:
                 for entry in topic_answer["partitions"]:
                     _raise_for(entry["error_code"], f"offsets of topic {topic_answer['topic']}")
