@@ -48,5 +48,5 @@ def sabotage(folder: Path, code: str) -> dict[str, str]:
 
 
 def on_signal(fault: str) -> str:
-    """Return code that does *fault* when SIGUSR1 comes, to ``consumer`` or ``producer``, the service's newest clients."""
+    """Return code that does *fault* on SIGUSR1, to ``consumer`` or ``producer``, the service's newest clients."""
     return _REMEMBERING.replace("FAULT", fault)

@@ -195,6 +195,11 @@ def _deliver(answers: list[tuple[_Request, Any, TierstreamError | None]]) -> Non
             future.set_exception(error)
 
 
+def _seen(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
+
+
 class _Lane:
     """Threads that drain one bounded queue of requests, each over a connection of its own.
 
@@ -282,9 +287,8 @@ class _Lane:
 
     async def _settle(self, request: _Request) -> None:
         request.future = settled = asyncio.get_running_loop().create_future()
+        settled.add_done_callback(_seen)  # the caller has been cancelled and asks no more, also not after the wait
         await asyncio.wait({settled}, timeout=SETTLE_SECONDS)
-        if settled.done() and not settled.cancelled():
-            settled.exception()  # seen: the caller has been cancelled and asks no more
 
     # ---------------------------------------------------------------------------------------------- in the thread
 

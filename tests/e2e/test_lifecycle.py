@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from brokers import Broker, noida_broker, unused_port
+from outages import locked
+from sabotage import sabotage
 from service_process import ServiceProcess, command_line, settings
 from stages import SetStage, Stage, set_up
 
@@ -169,24 +171,70 @@ def test_a_drain_that_cannot_end_is_cut_at_its_deadline_and_reported(breakable: 
     service = breakable.start(partitions=2)
     ledger = breakable.ledger
     ledger.answer(ledger.operate("insert", "before", b"x", statuses={201}))
-    for number in range(200):
-        ledger.operate("insert", f"k{number}", bytes(1000), partition=number % 2, statuses={201}, wait=False)
-    ledger.flush()
-    breakable.broker.node.freeze()
-    began = time.monotonic()
+    with locked(breakable.config["storage"]["high_volume"]["path"]):
+        for number in range(200):
+            ledger.operate("insert", f"k{number}", bytes(1000), partition=number % 2, statuses={201}, wait=False)
+        ledger.flush()
+        service.wait(lambda: any(one["in_flight"] for one in service.partitions().values()), "work in flight")
+        breakable.broker.node.freeze()
+        began = time.monotonic()
 
-    service.terminate()
-    code = service.wait_exit(2 + 15)
-    took = time.monotonic() - began
-    breakable.broker.node.thaw()
-    # Answered before the broker froze, they would leave nothing to wait for but the commit: then a clean exit is right.
+        service.terminate()
+        code = service.wait_exit()
+        took = time.monotonic() - began
+        breakable.broker.node.thaw()
     assert code == 1, service.obituary()
     assert took < 2 + 15
+    log = service.log.read_text(encoding="utf-8")
+    assert "never retrieved" not in log
+    assert "stop deadline reached" not in log, "each step has its own"
 
     again = breakable.start(partitions=2)
     ledger.wait_answered()
     again.stop()
     assert (ledger.verdict().missing, ledger.verdict().mismatched) == ([], [])
+
+
+STEPS_HANG = """
+import asyncio, threading, time
+
+from consumer.admin import AdminServer
+from consumer.kafka.publisher import Publisher
+from consumer.storage.tiered import TieredStorage
+
+
+async def hang(*_arguments):
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    while True:
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            pass
+
+
+Publisher.stop = TieredStorage.join = TieredStorage.close = AdminServer.stop = hang
+"""
+
+
+@pytest.mark.slow
+def test_steps_of_the_stop_that_hang_are_left_behind_one_after_the_other(embedded: Broker, set_stage: SetStage) -> None:
+    """Contract 11: each has its own deadline; what they leave running does not keep the process from ending."""
+    stage = set_stage(embedded)
+    service = stage.start(partitions=2, environment=sabotage(stage.folder, STEPS_HANG))
+    stage.ledger.answer(stage.ledger.operate("insert", "before", b"x", statuses={201}))
+
+    service.terminate()
+
+    assert service.wait_exit() == 0, "everything was answered and committed"
+    lines = service.log_lines()
+    assert [line["step"] for line in lines if "did not end in time" in str(line.get("event"))] == [
+        "publisher",
+        "storage's clean-ups",
+        "storage",
+        "admin port",
+    ]
+    assert not [line for line in lines if line.get("event") == "stop deadline reached, ending at once"]
+    assert sum(stage.ledger.committed(stage.group).values()) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- configuration

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,8 +132,7 @@ def own_broker(tmp_path: Path) -> Iterator[Broker]:
     """An embedded broker that the test may freeze."""
     with noida_broker(tmp_path) as own:
         yield own
-        assert own.pid
-        os.kill(own.pid, signal.SIGCONT)
+        own.node.thaw()
 
 
 @pytest.mark.broker
@@ -144,8 +142,7 @@ def test_an_outage_of_the_brokers_ends_nothing_however_long(own_broker: Broker, 
     stage = set_up(own_broker, tmp_path, 2, 2)
     try:
         service = sabotaged(stage)
-        assert own_broker.pid
-        os.kill(own_broker.pid, signal.SIGSTOP)
+        own_broker.node.freeze()
 
         def suspicions() -> int:
             return sum("the brokers do not answer either" in str(line.get("event")) for line in service.log_lines())
