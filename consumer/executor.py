@@ -351,10 +351,10 @@ class StreamExecutor:
                 await self._puller_parked
         except StopAsyncIteration:
             pass
-        except GeneratorExit:  # the event loop is gone
-            raise
-        except BaseException as error:  # noqa: BLE001 - raised to the consumer, after the outcomes
-            if not self._stopped:
+        except BaseException as error:
+            if isinstance(error, GeneratorExit) and not self._is_in_its_step():
+                raise
+            if not self._stopped:  # raised to the consumer, after the outcomes
                 self._input_error = error
         self._input_over = True
         self._puller_parked = None
@@ -467,12 +467,24 @@ class StreamExecutor:
             self._call_runner()
         try:
             return await self._handler.finish(operation, rest, running)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):  # no outcome
+        except (KeyboardInterrupt, SystemExit):  # no outcome
             raise
-        except BaseException as error:  # noqa: BLE001 - anything else is the outcome of this operation alone
-            return failure_of(operation.kind, error)
+        except BaseException as error:
+            if isinstance(error, GeneratorExit) and not self._is_in_its_step():
+                raise
+            return failure_of(operation.kind, error)  # anything else is the outcome of this operation alone
         finally:
             del self._running[running]
+
+    def _is_in_its_step(self) -> bool:
+        """Tell whether a task of this execution runs now.
+
+        If not, a ``GeneratorExit`` is not somebody's error: the event loop is gone, and the coroutine is being closed.
+        """
+        if asyncio._get_running_loop() is None:  # noqa: SLF001 - documented; unlike get_running_loop it does not raise
+            return False
+        task = asyncio.current_task()
+        return task is not None and (task is self._puller or task in self._runners)
 
     def _pass_turn(self, key: _Object) -> None:
         """Give the turn of an object to the operation that waits for it longest."""

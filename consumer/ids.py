@@ -31,6 +31,10 @@ _USECASE = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _SCOPE_PART = re.compile(r"[A-Za-z0-9_\-()$!+']{1,256}")
 
 
+def _matches(pattern: re.Pattern[str], text: object) -> bool:
+    return isinstance(text, str) and pattern.fullmatch(text) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """One level of ownership, for example ``Scope("org", "17")``.
@@ -43,7 +47,7 @@ class Scope:
     value: str
 
     def __post_init__(self) -> None:
-        if not _SCOPE_PART.fullmatch(self.name) or not _SCOPE_PART.fullmatch(self.value):
+        if not _matches(_SCOPE_PART, self.name) or not _matches(_SCOPE_PART, self.value):
             raise InvalidOperation("scope names and values are 1 to 256 of letters, digits and _-()$!+'")
 
 
@@ -59,8 +63,10 @@ class ObjectContext:
     scopes: tuple[Scope, ...] = ()
 
     def __init__(self, usecase: str, scopes: Sequence[Scope] = ()) -> None:
-        if not _USECASE.fullmatch(usecase):
+        if not _matches(_USECASE, usecase):
             raise InvalidOperation("a usecase is 1 to 128 of letters, digits, _ and -")
+        if not all(isinstance(scope, Scope) for scope in scopes):
+            raise InvalidOperation("scopes are a sequence of Scope(name, value)")
         if len(scopes) > SCOPES_MAX:
             raise InvalidOperation(f"at most {SCOPES_MAX} scopes are allowed")
         object.__setattr__(self, "usecase", usecase)
@@ -80,12 +86,14 @@ class ObjectContext:
         return f"{self.usecase}/{scopes}"
 
 
-def check_key(key: str) -> None:
+def check_key(key: object) -> None:
     """Check an object key by itself.
 
     Raises:
-        InvalidOperation: *key* is empty, has a control character (Unicode category Cc) or a lone surrogate.
+        InvalidOperation: *key* is no text, is empty, has a control character (Unicode category Cc) or a lone surrogate.
     """
+    if not isinstance(key, str):
+        raise InvalidOperation("an object key is text")
     if not key:
         raise InvalidOperation("an object key is not empty")
     if key.isascii() and key.isprintable():

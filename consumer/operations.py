@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import index
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
@@ -95,27 +96,32 @@ class Metadata:
         """
         if self is DEFAULT_METADATA:
             return
+        try:
+            self._check()
+        except UnicodeEncodeError:
+            raise InvalidMetadata("metadata is valid Unicode, without lone surrogates") from None
+        except (TypeError, AttributeError):
+            raise InvalidMetadata("a field of the metadata is not of its type") from None
+
+    def _check(self) -> None:
         if self.content_type != CONTENT_TYPE_DEFAULT and not _MEDIA_TYPE.fullmatch(self.content_type):
             raise InvalidMetadata("content_type is a media type such as text/plain")
         if self.compression is not None and self.compression != "zstd":
             raise InvalidMetadata("compression is null or zstd")
-        if self.expiration is not None and not 1 <= self.expiration.seconds <= EXPIRATION_SECONDS_MAX:
+        if self.expiration is not None and not 1 <= index(self.expiration.seconds) <= EXPIRATION_SECONDS_MAX:
             raise InvalidMetadata(f"expiration seconds are 1 to {EXPIRATION_SECONDS_MAX}")
         if self.custom:
             if len(self.custom) > CUSTOM_PAIRS_MAX:
                 raise InvalidMetadata(f"at most {CUSTOM_PAIRS_MAX} custom pairs are allowed")
-            try:
-                size = sum(len(name.encode()) + len(value.encode()) for name, value in self.custom.items())
-            except UnicodeEncodeError:
-                raise InvalidMetadata("custom metadata is valid Unicode, without lone surrogates") from None
-            if size > CUSTOM_BYTES_MAX:
+            if sum(_utf8_bytes(name) + _utf8_bytes(value) for name, value in self.custom.items()) > CUSTOM_BYTES_MAX:
                 raise InvalidMetadata(f"custom metadata has at most {CUSTOM_BYTES_MAX} bytes of UTF-8")
         for text in (self.filename, self.origin):
-            if text is not None and not text.isascii():
-                try:
-                    text.encode()
-                except UnicodeEncodeError:
-                    raise InvalidMetadata("metadata is valid Unicode, without lone surrogates") from None
+            if text is not None:
+                _utf8_bytes(text)
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 DEFAULT_METADATA = Metadata()

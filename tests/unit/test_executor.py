@@ -486,24 +486,23 @@ class TestFailures:
 
         assert await all_of(Stream(storage).run(head("a"))) == [(0, error)]
 
+    @pytest.mark.parametrize("error", [type("Odd", (BaseException,), {}), GeneratorExit, StopAsyncIteration])
     @pytest.mark.parametrize("held", [False, True])
-    async def test_a_base_exception_is_a_panic_too(self, *, held: bool) -> None:
-        """Contract 10: a ``BaseException`` that is not an ``Exception``."""
-
-        class Odd(BaseException):
-            pass
-
+    async def test_a_base_exception_is_a_panic_too(self, error: type[BaseException], *, held: bool) -> None:
+        """Contract 10: a ``BaseException`` that is not an ``Exception``, also one Python itself uses."""
         storage = GatedStorage("a" if held else "")
-        storage.failures["a"] = lambda: Odd("odd")
-        outcomes = Stream(storage).run(head("a"), head("b"))
-        assert (await anext(outcomes))[0] == (1 if held else 0)
+        storage.failures["a"] = lambda: error("odd")
+        stream = Stream(storage)
+        outcomes = stream.run(head("a"), head("b"))
+        first = await anext(outcomes)
         storage.let_all_go()
 
-        rest = await all_of(outcomes)
+        answers = dict([first, *await all_of(outcomes)])
 
-        assert len(rest) == 1
-        if held:
-            assert str(rest[0][1]) == "Odd: odd"
+        assert isinstance(answers[0], OperationPanic)
+        assert str(answers[0]) == f"{error.__name__}: odd"
+        assert answers[1] == Headed("b", None)
+        assert stream.limiter.in_use == 0
 
     @pytest.mark.parametrize("held", [False, True])
     async def test_a_cancelled_operation_is_dropped(self, *, held: bool, caplog: pytest.LogCaptureFixture) -> None:
@@ -544,7 +543,9 @@ class TestFailures:
         assert len(answers) == 24
         assert stream.limiter.in_use == 0
 
-    @pytest.mark.parametrize("error", [KeyError("broken input"), KeyboardInterrupt(), asyncio.CancelledError()])
+    @pytest.mark.parametrize(
+        "error", [KeyError("broken input"), KeyboardInterrupt(), asyncio.CancelledError(), GeneratorExit()]
+    )
     async def test_what_the_input_raises_comes_after_the_outcomes(self, error: BaseException) -> None:
         """Contract 10: in-flight results first, then it propagates, the same object; then the output has ended."""
         storage, source = GatedStorage("a"), Source([head("a"), head("b")])

@@ -147,3 +147,17 @@ def test_a_path_has_at_most_900_bytes(character: str) -> None:
     assert len(ObjectId(ObjectContext("u"), fitting).storage_path.encode()) == 900
     with pytest.raises(InvalidOperation, match="900 bytes"):
         ObjectId(ObjectContext("u"), fitting + "x")
+
+
+def test_what_is_no_text_is_no_identity() -> None:
+    """A caller's mistake in Python is told as one, and not as a defect of this service."""
+    context = ObjectContext("u")
+    for mistake in (
+        lambda: ObjectId(context, 5),  # type: ignore[arg-type]
+        lambda: ObjectId(context, b"key"),  # type: ignore[arg-type]
+        lambda: ObjectContext(None),  # type: ignore[arg-type]
+        lambda: ObjectContext("u", [("org", "1")]),  # type: ignore[list-item]
+        lambda: Scope("org", 17),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidOperation):
+            mistake()

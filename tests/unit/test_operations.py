@@ -150,6 +150,18 @@ INVALID = [
     (Metadata(custom={"\ud800": ""}), "lone surrogates"),
     (Metadata(filename="\udfff"), "lone surrogates"),
     (Metadata(origin="\udfff"), "lone surrogates"),
+    *[
+        (metadata, "not of its type")
+        for metadata in (
+            Metadata(content_type=None),  # type: ignore[arg-type]  # the mistakes this is about
+            Metadata(expiration="1h"),  # type: ignore[arg-type]
+            Metadata(expiration=TimeToLive("5")),  # type: ignore[arg-type]
+            Metadata(expiration=TimeToIdle(1.5)),  # type: ignore[arg-type]
+            Metadata(custom={"a": 1}),  # type: ignore[dict-item]
+            Metadata(custom=[("a", "b")]),  # type: ignore[arg-type]
+            Metadata(filename=7),  # type: ignore[arg-type]
+        )
+    ],
 ]
 
 
@@ -161,7 +173,7 @@ def test_metadata_that_keeps_the_rules_is_valid(metadata: Metadata) -> None:
 
 @pytest.mark.parametrize(("metadata", "text"), INVALID)
 def test_metadata_that_breaks_a_rule_is_refused(metadata: Metadata, text: str) -> None:
-    """Contract 2.1: the message names the rule."""
+    """Contract 2.1: the message names the rule (MD-3: media types; MD-4: zstd alone)."""
     with pytest.raises(InvalidMetadata, match=text):
         metadata.validate()
 
