@@ -164,10 +164,13 @@ def _split(value: object) -> object:
 
 
 def _check_bootstrap(servers: list[str]) -> list[str]:
+    wrong: list[str] = []
     for server in servers:
         host, colon, port = server.rpartition(":")
         if not (colon and host and port.isdecimal() and 0 < int(port) < 65536) or "/" in server:
-            raise ValueError(f"holds HOST:PORT, not {_shown(server)}")
+            wrong.append(_shown(server))
+    if wrong:
+        raise ValueError(f"holds HOST:PORT, not {' or '.join(wrong)}")
     return servers
 
 
@@ -184,11 +187,11 @@ def _check_topics(topics: list[str]) -> list[str]:
 
 
 def _check_prefixes(prefixes: list[str]) -> list[str]:
-    for prefix in prefixes:
-        if not re.fullmatch(r"(gs://[^/]+|file://)/(.*/)?", prefix):
-            raise ValueError(
-                f"holds prefixes like gs://BUCKET/ or file:///PATH/, ending with a slash, not {_shown(prefix)}"
-            )
+    wrong = [_shown(prefix) for prefix in prefixes if not re.fullmatch(r"(gs://[^/]+|file://)/(.*/)?", prefix)]
+    if wrong:
+        raise ValueError(
+            f"holds prefixes like gs://BUCKET/ or file:///PATH/, ending with a slash, not {' or '.join(wrong)}"
+        )
     return prefixes
 
 
@@ -975,8 +978,11 @@ _ALL_NAMES: Final = tuple(_names())
 
 def _did_you_mean(path: SettingPath, spell: Callable[[str], str] = str) -> str:
     """Suggest a setting for an unknown one: similar in its section, else similar anywhere, else nothing."""
-    section, name = ".".join(path[:-1]), path[-1]
-    beside = [known for known in _ALL_NAMES if known.rpartition(".")[0] == section]
+    section, name = path[:-1], path[-1]
+    node: _Setting | None = _SETTINGS
+    for part in section:
+        node = node.child(part) if node is not None else None
+    beside = [".".join((*section, known)) for known in (node.children if node is not None else ())]
     near = difflib.get_close_matches(".".join(path), beside, n=1, cutoff=0.75)
     near = near or [known for known in _ALL_NAMES if known.rpartition(".")[2] == name][:1]
     near = near or difflib.get_close_matches(".".join(path), _ALL_NAMES, n=1, cutoff=0.6)
@@ -1167,7 +1173,14 @@ def _set_text(path: SettingPath, setting: _Setting, text: str, where: str, sourc
 
 
 def _variable(dotted: str) -> str:
-    return ENV_PREFIX + dotted.upper().replace(".", NESTING)
+    """Spell a setting as a variable; names that the user chooses keep their case."""
+    node: _Setting | None = _SETTINGS
+    parts: list[str] = []
+    for part in dotted.split("."):
+        chosen = node is not None and node.any_name is not None
+        parts.append(part if chosen else part.upper())
+        node = node.child(part) if node is not None else None
+    return ENV_PREFIX + NESTING.join(parts)
 
 
 def _read_environment(environ: Mapping[str, str], sources: _Sources) -> None:

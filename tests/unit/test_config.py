@@ -356,6 +356,26 @@ window: {fraction: 1.5}
 
         assert problem.endswith(":1: drain_timeout is not a setting; did you mean rebalance.drain_timeout?")
 
+    def test_below_a_name_of_the_users_choice_there_are_suggestions_too(self, tmp_path: Path) -> None:
+        """In the file and in variables; the chosen name stays as it is."""
+        text = "usecases:\n  Photos:\n    max_secods: 5\n"
+
+        found = problems(tmp_path, text, {"TIERSTREAM_USECASES__Photos__ENABLE": "no"})
+
+        assert [problem.rpartition("/")[2] for problem in found] == [
+            "config.yaml:3: usecases.Photos.max_secods is not a setting; did you mean usecases.Photos.max_seconds?",
+            "TIERSTREAM_USECASES__Photos__ENABLE: is not a setting; did you mean TIERSTREAM_USECASES__Photos__ENABLED?",
+        ]
+
+    def test_every_wrong_entry_of_a_list_is_named(self, tmp_path: Path) -> None:
+        """Contract 6: all errors at once."""
+        text = "kafka: {bootstrap_servers: [a, b:1, c]}\nreferences: {allowed_prefixes: [/x, 'gs://b/', 'file:///y']}\n"
+
+        servers, prefixes = problems(tmp_path, text)
+
+        assert servers.endswith("HOST:PORT, not 'a' or 'c'")
+        assert prefixes.endswith("not '/x' or 'file:///y'")
+
     def test_a_setting_given_twice_is_a_mistake(self, tmp_path: Path) -> None:
         """YAML would silently take the last one."""
         (problem,) = problems(tmp_path, "kafka:\n  group_id: a\n  client_id: c\n  group_id: b\n")
