@@ -39,7 +39,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from fastavro import parse_schema, schemaless_reader, schemaless_writer
 
 from consumer.avro_schemas import schema_text
-from consumer.broker import DevBroker
+from consumer.broker import DevBroker, dies_with_parent
 from consumer.codec import OperationDecoder, ResponseEncoder, encode_operation
 from consumer.ids import ObjectContext
 from consumer.operations import DEFAULT_METADATA, Insert, Operation
@@ -260,7 +260,9 @@ async def _timed(
     ends = [TopicPartition(output, partition) for partition in range(partitions)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TIERSTREAM_")}
     with log.open("wb") as stderr:
-        process = await asyncio.create_subprocess_exec(*command, stderr=stderr, env=environment)
+        process = await asyncio.create_subprocess_exec(
+            *command, stderr=stderr, env=environment, preexec_fn=dies_with_parent()
+        )
         try:
             began, first, cpu_before = 0.0, 0, 0.0
             async with asyncio.timeout(RUN_SECONDS_MAX):

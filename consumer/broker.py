@@ -131,7 +131,7 @@ class DevBroker:
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
-                preexec_fn=_dies_with_parent(),  # noqa: PLW1509 - it makes one system call and takes no lock
+                preexec_fn=dies_with_parent(),  # noqa: PLW1509 - it makes one system call and takes no lock
             )
         try:
             self._wait_until_up()
@@ -190,7 +190,7 @@ class DevBroker:
         process.wait()
 
 
-def _dies_with_parent() -> Callable[[], None] | None:
+def dies_with_parent() -> Callable[[], None] | None:
     """Return what a new child runs before its program, so that the kernel ends it with its parent (Linux only)."""
     if not sys.platform.startswith("linux"):
         return None

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from consumer.broker import DevBroker
+from consumer.broker import DevBroker, dies_with_parent
 from consumer.codec import decode_response, encode_operation
 from consumer.config import Config, load
-from consumer.errors import TierstreamError
+from consumer.errors import InvalidOperation, TierstreamError
 from consumer.ids import ObjectContext, ObjectId, Scope
 from consumer.kafka.clients import make_producer
 from consumer.kafka.publisher import Lane, Publisher
@@ -50,6 +51,7 @@ from consumer.kafka.tools import tail
 from consumer.kafka.topics import Cluster, ensure_topics
 from consumer.operations import Delete, Get, Head, Insert, Metadata, Operation, PayloadReference
 
+TOPIC = "operations"
 PARTITIONS = 6
 REFERENCE_BYTES = 512 * 1024
 """Files above this go in by reference: the embedded broker takes records up to 1 MiB."""
@@ -58,7 +60,9 @@ GET_BYTES_MAX = 900 * 1024
 FILES_MIN = 2_000
 """A smaller source is streamed again under other names: some systems ship only a part of the standard library."""
 FILES_MAX = 20_000
-"""Files of a larger source that are left out; the demo is to end soon."""
+"""Files that are streamed at most; the demo is to end soon."""
+FILE_BYTES_MAX = 64 * 1024 * 1024
+"""Larger files are left out, for the same reason, and because the temporary folder would hold them all."""
 LARGE_FILES = 6
 LARGE_BYTES = 1_500_000
 """Made from the source's own files, so that they are above the 1 MiB that live in the high-volume tier."""
@@ -68,12 +72,16 @@ RECORD_BYTES_MAX = 1_000_000
 IN_FLIGHT_RECORDS = 2_000
 """Sent and not answered: what bounds the memory of the demo itself."""
 STALL_SECONDS = 60.0
-"""No response for so long ends the demo; what has not come is missing."""
+"""No response for so long ends the reading; what has not come is missing."""
+LOG_TAIL_CHARACTERS = 2_000
+"""How much of the service's log is shown when it ends or stands still."""
 DUPLICATE_SECONDS = 1.0
 """How long responses are read on when all have come."""
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 SAMPLE_SECONDS = 0.2
+PROBLEMS_SHOWN = 20
+"""Records of each kind that the report names as text; as JSON it names all."""
 
 UNDECODABLE: Sequence[tuple[str, bytes | None, str]] = (
     ("no value at all", None, "null_value"),
@@ -87,8 +95,13 @@ UNDECODABLE: Sequence[tuple[str, bytes | None, str]] = (
 CONTEXT = ObjectContext("demo", [Scope("source", "files")])
 
 
+def _id(partition: int, offset: int) -> str:
+    """Return the id that a response to this record carries (contract 2.3)."""
+    return f"{TOPIC}/{partition}/{offset}"
+
+
 class DemoFailure(TierstreamError):
-    """The service did not start, or stands still."""
+    """The service did not start, or the files cannot be read."""
 
 
 @dataclass(slots=True)
@@ -111,9 +124,12 @@ class Ledger:
 
     expected: dict[tuple[int, int], Expected] = field(default_factory=dict)
     answered: int = 0
-    duplicated: int = 0
-    unexpected: int = 0
-    wrong: list[str] = field(default_factory=list)
+    duplicated: list[str] = field(default_factory=list)
+    """Ids of records, once for each response too many."""
+    unexpected: list[str] = field(default_factory=list)
+    """Ids in responses to records that were never sent."""
+    wrong: dict[str, str] = field(default_factory=dict)
+    """What is wrong with the response, by the record's id."""
     by_kind: Counter[str] = field(default_factory=Counter)
     by_code: Counter[str] = field(default_factory=Counter)
 
@@ -122,9 +138,19 @@ class Ledger:
         self.expected[partition, offset] = expected
 
     @property
-    def missing(self) -> int:
-        """Records without a response yet."""
+    def waiting(self) -> int:
+        """How many records have no response yet."""
         return len(self.expected) - self.answered
+
+    @property
+    def missing(self) -> list[str]:
+        """Ids of the records without a response yet."""
+        return [_id(*position) for position, expected in self.expected.items() if not expected.answers]
+
+    @property
+    def is_right(self) -> bool:
+        """True where every record has its response, once, and as expected."""
+        return not (self.waiting or self.duplicated or self.unexpected or self.wrong)
 
     def check(self, response: Any) -> None:
         """Compare one response, as decoded, with what was expected of it."""
@@ -132,17 +158,17 @@ class Ledger:
         position = source["partition"], source["offset"]
         expected = self.expected.get(position)
         if expected is None:
-            self.unexpected += 1
+            self.unexpected.append(_id(*position))
             return
         expected.answers += 1
         if expected.answers > 1:
-            self.duplicated += 1
+            self.duplicated.append(_id(*position))
             return
         self.answered += 1
         self.by_kind[expected.kind] += 1
         problem = self._problem(response, expected, position[1])
         if problem:
-            self.wrong.append(f"{expected.kind} at {position[0]}/{position[1]}: {problem}")
+            self.wrong[_id(*position)] = f"{expected.kind}: {problem}"
 
     def _problem(self, response: Any, expected: Expected, offset: int) -> str | None:
         result = response["result"]
@@ -188,7 +214,7 @@ def main(
     folder = Path(tempfile.mkdtemp(prefix="tierstream-demo-"))
     try:
         return asyncio.run(_Demo(folder, source, records).run(wait=wait, as_json=as_json))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
     finally:
         if keep:
@@ -217,9 +243,13 @@ class _Demo:
         self._room = asyncio.Event()
         self._all_sent = False
         self._answered_at = 0.0
+        self._left_out = 0
 
     async def run(self, *, wait: bool, as_json: bool) -> int:
-        """Do everything; return the exit code."""
+        """Do everything; return the exit code. SIGTERM cancels it, as Ctrl-C does."""
+        this = asyncio.current_task()
+        assert this is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
         async with AsyncExitStack() as stack:
             self._say("starting the embedded broker")
             broker = DevBroker(self._folder / "broker")
@@ -239,8 +269,8 @@ class _Demo:
             )
             await publisher.start()
             stack.push_async_callback(publisher.stop, 2)
-            self._lanes = [publisher.lane("operations", partition) for partition in range(PARTITIONS)]
-            seconds = await self._stream(config, address)
+            self._lanes = [publisher.lane(TOPIC, partition) for partition in range(PARTITIONS)]
+            seconds = await self._stream(config, address, service)
             report = await self._report(address, seconds)
             if as_json:
                 print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())  # noqa: T201 - the command's output
@@ -293,7 +323,11 @@ class _Demo:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TIERSTREAM_")}
         with (self._folder / "service.log").open("wb") as log:
             return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "consumer", "run", "--config", str(config_path)), stderr=log, env=environment
+                *(sys.executable, "-m", "consumer", "run", "--config", str(config_path)),
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the demo, which then asks the service to leave, once
+                preexec_fn=dies_with_parent(),
             )
 
     async def _address(self, service: asyncio.subprocess.Process) -> str:
@@ -314,7 +348,7 @@ class _Demo:
                 await asyncio.sleep(SAMPLE_SECONDS)
 
     def _log_tail(self) -> str:
-        return (self._folder / "service.log").read_text()[-2000:]
+        return (self._folder / "service.log").read_text()[-LOG_TAIL_CHARACTERS:]
 
     async def _stop_service(self, service: asyncio.subprocess.Process) -> bool:
         """Ask the service to leave; True where it did so cleanly."""
@@ -334,24 +368,43 @@ class _Demo:
 
     # ------------------------------------------------------------------------------------------ records and responses
 
-    async def _stream(self, config: Config, address: str) -> float:
-        """Send everything and read every response, both at once; return the seconds from first to last."""
+    async def _stream(self, config: Config, address: str, service: asyncio.subprocess.Process) -> float:
+        """Send everything and read every response, both at once; return the seconds from first to last.
+
+        Raises:
+            DemoFailure: a file cannot be read any more.
+        """
         self._say(f"counting the files below {self._source}")
         total = sum(1 for _ in self._records())
+        if self._left_out:
+            self._say(f"left out: {self._left_out} files, for their size or because their path is no object key")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._console, transient=False) as progress:
             answers = progress.add_task("responses", total=total)
-            began = time.perf_counter()
-            async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(self._watch_windows(address))
-                tasks.create_task(self._send_all())
-                await self._read_all(config, partial(progress.update, answers))
-                watching.cancel()
+            began = self._answered_at = time.perf_counter()
+            watching = asyncio.create_task(self._watch_windows(address))
+            sending = asyncio.create_task(self._send_all())
+            reading = asyncio.create_task(self._read_all(config, partial(progress.update, answers)))
+            ended = asyncio.create_task(service.wait())
+            tasks = {watching, sending, reading, ended}
+            try:
+                await asyncio.wait((sending, reading, ended), return_when=asyncio.FIRST_COMPLETED)
+                if sending.done():
+                    sending.result()  # raises what kept it from sending everything
+                await asyncio.wait((reading, ended), return_when=asyncio.FIRST_COMPLETED)
+                if reading.done():
+                    reading.result()
+                else:
+                    self._say(f"the service ended; its log: {self._log_tail()}")
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
         return self._answered_at - began
 
     async def _send_all(self) -> None:
         for record_key, value, expected in self._records():
-            while len(self._ledger.expected) - self._ledger.answered >= IN_FLIGHT_RECORDS:
+            while self._ledger.waiting >= IN_FLIGHT_RECORDS:
                 self._room.clear()
                 await self._room.wait()
             partition = zlib.crc32(record_key) % PARTITIONS
@@ -371,19 +424,18 @@ class _Demo:
     async def _read_all(self, config: Config, show: Callable[..., object]) -> None:
         """Read until every record is answered, and a little longer: what comes then is a duplicate.
 
-        Raises:
-            DemoFailure: no response for :data:`STALL_SECONDS`.
+        Returns early where no response comes for :data:`STALL_SECONDS`.
         """
         async with aclosing(tail(config, config.output.topic, follow=True, from_beginning=True)) as records:
             while True:
-                complete = self._all_sent and not self._ledger.missing
+                complete = self._all_sent and not self._ledger.waiting
                 try:
                     async with asyncio.timeout(DUPLICATE_SECONDS if complete else STALL_SECONDS):
                         record = await anext(records)
                 except TimeoutError:
-                    if complete:
-                        return
-                    raise DemoFailure(f"no response for {STALL_SECONDS:.0f} s: {self._log_tail()}") from None
+                    if not complete:
+                        self._say(f"no response for {STALL_SECONDS:.0f} s; the service's log: {self._log_tail()}")
+                    return
                 assert record.value is not None
                 self._ledger.check(decode_response(record.value))
                 self._answered_at = time.perf_counter()
@@ -391,11 +443,15 @@ class _Demo:
                 show(completed=self._ledger.answered)
 
     def _records(self) -> Iterator[tuple[bytes, bytes | None, Expected]]:
-        """Yield record key, value and expectation of everything that is sent, the same every time."""
-        for number, record in enumerate(self._all_records()):
-            if self._records_max is not None and number >= self._records_max:
-                return
-            yield record
+        """Yield record key, value and expectation of everything that is sent, the same every time.
+
+        Raises:
+            DemoFailure: a file cannot be read.
+        """
+        try:
+            yield from islice(self._all_records(), self._records_max)
+        except OSError as error:
+            raise DemoFailure(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def _all_records(self) -> Iterator[tuple[bytes, bytes | None, Expected]]:
         files = self._files()
@@ -422,29 +478,38 @@ class _Demo:
         """Keys and paths of everything to be streamed; of a small folder several times, as other objects."""
         if not self._large.exists():
             self._make_large_files()
-        found = sorted(
-            path
+        found = self._source_files()
+        large = [(f"large/{path.name}", path) for path in sorted(self._large.iterdir())]
+        copies = max(1, -(-FILES_MIN // max(1, len(found))))
+        return large + [(f"{copy}/{key}", path) for copy in range(copies) for key, path in found]
+
+    def _source_files(self) -> list[tuple[str, Path]]:
+        """Return the files of the source that can be streamed, with what is to be their key, in order."""
+        found = [
+            (path.relative_to(self._source).as_posix(), path)
             for path in self._source.rglob("*")
             if path.is_file()
             and not path.is_symlink()
-            and not {"__pycache__", "site-packages", "dist-packages"} & set(path.parts)
+            and not {"__pycache__", "site-packages", "dist-packages"} & set(path.relative_to(self._source).parts)
             and os.access(path, os.R_OK)
-        )[:FILES_MAX]
-        large = [(f"large/{path.name}", path) for path in sorted(self._large.iterdir())]
-        copies = max(1, -(-FILES_MIN // max(1, len(found))))
-        return large + [
-            (f"{copy}/{path.relative_to(self._source).as_posix()}", path) for copy in range(copies) for path in found
         ]
+        fitting = [(key, path) for key, path in found if path.stat().st_size <= FILE_BYTES_MAX and _is_key(key)]
+        self._left_out = len(found) - len(fitting)
+        return sorted(fitting)[:FILES_MAX]
 
     def _make_large_files(self) -> None:
+        """Fill files above 1 MiB with what the files of the source hold, over and over where that is little."""
         self._large.mkdir()
-        sources = [path for path in sorted(self._source.rglob("*")) if path.is_file() and path.stat().st_size > 0]
+        text = bytearray()
+        for _, path in self._source_files():
+            text += path.read_bytes()
+            if len(text) >= LARGE_BYTES:
+                break
+        content = bytes(text or b"-")
         for number in range(LARGE_FILES):
-            with (self._large / f"large-{number}.bin").open("wb") as large:
-                index = number
-                while large.tell() < LARGE_BYTES * (number + 1) // 2 + LARGE_BYTES and sources:
-                    large.write(sources[index % len(sources)].read_bytes() or b"-")
-                    index += 1
+            size = LARGE_BYTES + LARGE_BYTES * (number + 1) // 2
+            repeated = content * (size // len(content) + 2)
+            (self._large / f"large-{number}.bin").write_bytes(repeated[number : number + size])
 
     def _insert(self, key: str, path: Path) -> tuple[bytes, bytes | None, Expected]:
         size = path.stat().st_size
@@ -487,21 +552,30 @@ class _Demo:
         stored = {tier: _sample(metrics, f'tier="{tier}"', 'direction="write"') for tier in tiers}
         failures = dict(sorted(ledger.by_code.items()))
         return {
-            "ok": bool(ledger.answered)
-            and not (ledger.missing or ledger.duplicated or ledger.unexpected or ledger.wrong),
+            "ok": ledger.answered > 0 and ledger.is_right,
             "records": len(ledger.expected),
-            "responses": ledger.answered + ledger.duplicated + ledger.unexpected,
+            "responses": ledger.answered + len(ledger.duplicated) + len(ledger.unexpected),
             "missing": ledger.missing,
             "duplicated": ledger.duplicated,
             "unexpected": ledger.unexpected,
-            "mismatched": ledger.wrong,
+            "mismatched": list(ledger.wrong),
+            "problems": ledger.wrong,
             "by_kind": dict(sorted(ledger.by_kind.items())),
             "failures": failures,
             "bytes_stored": stored,
             "windows": dict(sorted(self._windows.items())),
             "seconds": round(seconds, 2),
-            "operations_per_second": round(ledger.answered / seconds, 1),
+            "operations_per_second": round(ledger.answered / seconds, 1) if seconds > 0 else 0.0,
         }
+
+
+def _is_key(text: str) -> bool:
+    """Tell whether *text* can be the key of an object of the demo."""
+    try:
+        ObjectId(CONTEXT, f"{FILES_MIN}/{text}")
+    except InvalidOperation:
+        return False
+    return True
 
 
 def _fetch(address: str) -> bytes | None:
@@ -531,8 +605,8 @@ def _print(report: dict[str, Any]) -> None:
     rows: list[tuple[str, object]] = [
         ("records in", f"{report['records']:,}"),
         ("responses out", f"{report['responses']:,}"),
-        ("missing", report["missing"]),
-        ("duplicated", report["duplicated"] + report["unexpected"]),
+        ("missing", len(report["missing"])),
+        ("duplicated", len(report["duplicated"]) + len(report["unexpected"])),
         ("mismatched", len(report["mismatched"])),
         *((f"  {kind}", f"{number:,}") for kind, number in report["by_kind"].items()),
         *((f"  failed: {code}", f"{number:,}") for code, number in report["failures"].items()),
@@ -548,7 +622,10 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row(name, str(value))
     console = Console()
     console.print(table)
-    for problem in report["mismatched"][:20]:
-        console.print(problem, highlight=False, markup=False)
+    for name in ("missing", "duplicated", "unexpected"):
+        for record in report[name][:PROBLEMS_SHOWN]:
+            console.print(f"{name}: {record}", highlight=False, markup=False)
+    for record, problem in list(report["problems"].items())[:PROBLEMS_SHOWN]:
+        console.print(f"mismatched: {record}, {problem}", highlight=False, markup=False)
     verdict = "every response is there, once, and right" if report["ok"] else "NOT everything is right"
     console.print(verdict, style="bold")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from hypothesis import HealthCheck, Verbosity, settings
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""A shell starts jobs in the background with SIGINT ignored, and what the tests start would inherit that."""
 
 pytest_plugins = ["brokers", "bigtable_emulator"]
 pytest.register_assert_rewrite("ledger", "service_process", "stages", "wire")
