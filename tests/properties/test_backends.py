@@ -187,7 +187,7 @@ def history(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) ->
 def test_sqlite_answers_every_history_as_memory_does(
     runner: asyncio.Runner, history: History, steps: list[Step]
 ) -> None:
-    """HV-1 to HV-10, BT-5, BT-7: the fake that everything is tested over is true to the real one."""
+    """HV-1, HV-2, HV-4 to HV-10, BT-5, BT-7: the fake that everything is tested over is true to the real one."""
     runner.run(history.play(steps))
 
 

@@ -145,7 +145,7 @@ class Model:
 
 @given(limit=st.integers(0, 20), queue=st.integers(0, 4), steps=STEPS)
 def test_permits_are_conserved(limit: int, queue: int, steps: list[tuple[str, int]]) -> None:
-    """RES-1, RES-8, LIM-1 … LIM-13: random acquisitions, cancellations and releases, checked after each step."""
+    """RES-1, RES-8, LIM-1 … LIM-11, LIM-13: random acquisitions, cancellations, releases, checked after each step."""
 
     async def drive() -> None:
         model = Model(limit, queue)

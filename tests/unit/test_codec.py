@@ -813,7 +813,7 @@ class Policy:
 
 
 class TestPolicies:
-    """Contract 2.2, `usecase_denied`; BAT-5: after decoding, before anything runs; not poison."""
+    """Contract 2.2, `usecase_denied`; MD-10, BAT-5: after decoding, before anything runs; not poison."""
 
     def decoder(self, policy: Policy) -> OperationDecoder:
         """A decoder with a policy for the usecase of CONTEXT."""

@@ -395,6 +395,7 @@ window: {fraction: 1.5}
             ("kafka: {group_id: 17}\n", "kafka.group_id is a text: put it in quotes"),
             ("concurrency: {limit: yes}\n", "concurrency.limit is a number, not True"),
             ("usecases: {'a b': {}}\n", "usecases.a b should match pattern"),
+            ("storage: {high_volume: {type: tiered}}\n", "storage.high_volume.type is one of 'memory', 'sqlite'"),
             ("storage: {long_term: {type: s3}}\n", "storage.long_term.type is one of 'memory', 'filesystem', 'gcs'"),
             ("storage: {long_term: {type: gcs}}\n", ":1: storage.long_term.bucket is required"),
             ("storage: {long_term: {path: x, bucket: b}}\n", "storage.long_term.bucket is not a setting here"),
@@ -408,7 +409,7 @@ window: {fraction: 1.5}
         ],
     )
     def test_what_is_no_configuration_is_told_in_words(self, tmp_path: Path, text: str, expected: str) -> None:
-        """Contract 11: wrong configuration is exit 2 with a reason, never a trace."""
+        """Contract 11: wrong configuration is exit 2 with a reason, never a trace. TIER-20: tiers are not nested."""
         (problem,) = problems(tmp_path, text)
 
         assert expected in problem

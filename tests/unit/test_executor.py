@@ -150,7 +150,7 @@ class TestItems:
         assert storage.calls == [("head", "a")]
 
     async def test_an_operation_that_breaks_a_rule_never_reaches_storage(self) -> None:
-        """Contract 10: validation may happen at execution; the error class says what it was."""
+        """Contract 10: checked at execution, also in a stream: unlike the reference (OP-13), a deliberate addition."""
         storage = GatedStorage()
         timeless = Insert(ObjectContext("u"), "k", Metadata(expiration=TimeToLive(0)), b"")
 
