@@ -1,5 +1,8 @@
 """The admin port: what is true now, for people, probes and Prometheus; read-only, and built from callables alone.
 
+Each callable answers at once, or, where what it tells has to be asked for elsewhere, with an awaitable that bounds its
+own time.
+
 ==================  ====================================================================================
 ``/``               status page: one HTML file, which asks for ``/debug/state`` every second
 ``/healthz``        200 while the event loop turns; not tied to Kafka, so that no broker outage restarts pods
@@ -28,22 +31,37 @@ import base64
 import contextlib
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from http import HTTPStatus
 from importlib.resources import files
-from typing import Final, TypeAlias
+from inspect import isawaitable
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import orjson
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import Metric
 from prometheus_client.exposition import choose_encoder
 
 from consumer.log import get_logger
-from consumer.metrics import Snapshot
 
-Readiness: TypeAlias = Callable[[], tuple[bool, list[str]]]
+_Told = TypeVar("_Told")
+
+Told: TypeAlias = _Told | Awaitable[_Told]
+"""An answer, now or soon."""
+
+Snapshot: TypeAlias = Callable[[], Told[Mapping[str, Any]]]
+"""Returns a :class:`~consumer.metrics.DebugState`."""
+
+Readiness: TypeAlias = Callable[[], Told[tuple[bool, list[str]]]]
 """Returns whether the service is ready, and every reason why not."""
+
+
+class Families(Protocol):
+    """What ``/metrics`` shows; a registry of prometheus_client is one."""
+
+    def collect(self) -> Told[Iterable[Metric]]:
+        """Return the families with the samples of now."""
 
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -114,7 +132,7 @@ class AdminServer:
     """
 
     def __init__(
-        self, host: str, port: int, *, snapshot: Snapshot, readiness: Readiness, registry: CollectorRegistry
+        self, host: str, port: int, *, snapshot: Snapshot, readiness: Readiness, registry: Families
     ) -> None:
         self._host = host
         self._port = port
@@ -190,12 +208,12 @@ class AdminServer:
         return _plain(HTTPStatus.OK)
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        ready, reasons = self._readiness()
+        ready, reasons = await _told(self._readiness())
         status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
         return web.Response(status=status, body=orjson.dumps({"ready": ready, "reasons": reasons}), content_type=_JSON)
 
     async def _debug_state(self, _request: web.Request) -> web.Response:
-        return web.Response(body=orjson.dumps(self._snapshot()), content_type=_JSON)
+        return web.Response(body=orjson.dumps(await _told(self._snapshot())), content_type=_JSON)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         # The encoder is not given the header itself: a version that is no number in it is an exception there.
@@ -203,7 +221,7 @@ class AdminServer:
         encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in named else "")
         try:
             async with asyncio.timeout(SCRAPE_SECONDS), self._scraping:
-                collected = _Collected(self._registry.collect())
+                collected = _Collected(await _told(self._registry.collect()))
                 body = await asyncio.to_thread(encode, collected)
         except TimeoutError:
             return _plain(HTTPStatus.SERVICE_UNAVAILABLE)
@@ -219,6 +237,10 @@ class _Collected:
     def collect(self) -> list[Metric]:
         """Return the families; safe in any thread, as nothing changes them."""
         return self._families
+
+
+async def _told(answer: Told[_Told]) -> _Told:
+    return await answer if isawaitable(answer) else answer
 
 
 @web.middleware

@@ -107,13 +107,20 @@ def key_digest(key: str) -> str:
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def configure(level: str = "info", line_format: str = "auto", *, stream: BinaryIO | None = None) -> None:
+def configure(
+    level: str = "info",
+    line_format: str = "auto",
+    *,
+    stream: BinaryIO | None = None,
+    bound: Mapping[str, object] | None = None,
+) -> None:
     """Install the one handler of the process; a second call replaces it.
 
     Args:
         level: One of :data:`LEVELS`, for our own loggers. Foreign ones stay at :data:`PINNED`, at INFO at the lowest.
         line_format: ``json``, ``console``, or ``auto``: console on a terminal, else JSON.
         stream: Where lines go; None is stderr. stdout belongs to the data of commands.
+        bound: Fields of every line, also of foreign ones; a line's own fields win.
 
     Raises:
         ValueError: *level* or *line_format* is none of these.
@@ -130,7 +137,7 @@ def configure(level: str = "info", line_format: str = "auto", *, stream: BinaryI
     for handler in [handler for handler in root.handlers if isinstance(handler, LineHandler)]:
         root.removeHandler(handler)
         handler.close()
-    root.addHandler(LineHandler(target, render))
+    root.addHandler(LineHandler(target, render, bound=bound))
     number: int = LEVELS[level]
     logging.getLogger(ROOT_LOGGER).setLevel(number)
     root.setLevel(max(number, logging.INFO))
@@ -211,10 +218,19 @@ class LineHandler(logging.Handler):
         stream: Written one whole line at a time, and flushed.
         render: Safe fields to the bytes of a line.
         repeats: The count of repeated lines.
+        bound: Fields of every line.
     """
 
-    def __init__(self, stream: BinaryIO, render: Callable[[Fields], bytes], repeats: Repeats | None = None) -> None:
+    def __init__(
+        self,
+        stream: BinaryIO,
+        render: Callable[[Fields], bytes],
+        repeats: Repeats | None = None,
+        *,
+        bound: Mapping[str, object] | None = None,
+    ) -> None:
         super().__init__()
+        self._bound = {_text(name): safe(value) for name, value in (bound or {}).items()}
         self._stream = stream
         self._render = render
         self._repeats = repeats or Repeats()
@@ -251,6 +267,8 @@ class LineHandler(logging.Handler):
 
     def _write(self, lines: Iterable[Fields]) -> None:
         for fields in lines:
+            for name, value in self._bound.items():
+                fields.setdefault(name, value)
             try:
                 self._stream.write(self._render(fields))
                 self._stream.flush()

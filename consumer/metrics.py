@@ -20,7 +20,7 @@ import asyncio
 import platform
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError
@@ -28,7 +28,7 @@ from importlib.metadata import version as installed_version
 from itertools import accumulate
 from typing import Any, Final, Literal, NotRequired, Protocol, TypeAlias, TypedDict
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -666,6 +666,54 @@ class TierstreamCollector(Collector):
         paused_for = state["paused_for"]
         for reason in PAUSE_REASONS:
             scrape.value("tierstream_partition_paused", int(reason in paused_for), topic, partition, reason)
+
+
+PlainSample: TypeAlias = tuple[str, Mapping[str, str], float]
+"""Name, labels and value of a sample, such as ``("tierstream_commits_total", {"outcome": "success"}, 12)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainFamily:
+    """A family in plain values, to be sent to another process."""
+
+    name: str
+    kind: str
+    """``counter``, ``gauge`` or ``histogram``."""
+    text: str
+    samples: list[PlainSample]
+
+
+Collected: TypeAlias = list[Metric]
+"""Families as the encoders take them."""
+
+
+def plain(families: Iterable[Metric]) -> list[PlainFamily]:
+    """Take collected families apart; :func:`families_of` puts them together again."""
+    return [
+        PlainFamily(
+            family.name,
+            family.type,
+            family.documentation,
+            [(sample.name, sample.labels, sample.value) for sample in family.samples],
+        )
+        for family in families
+    ]
+
+
+def families_of(plain_families: Iterable[PlainFamily]) -> Collected:
+    """Make families for the encoders of plain ones."""
+    made = []
+    for family in plain_families:
+        metric = Metric(family.name, family.text, family.kind)
+        for name, labels, value in family.samples:
+            metric.add_sample(name, dict(labels), value)
+        made.append(metric)
+    return made
+
+
+def register_process(registry: CollectorRegistry) -> None:
+    """Put only ``process_*`` (memory, CPU, open files) on *registry*: of a process that has nothing else to show."""
+    ProcessCollector(registry=registry)
 
 
 class _Scrape:

@@ -155,6 +155,34 @@ async def test_every_route_answers_with_its_own_type(client: Client) -> None:
     }
 
 
+async def test_what_has_to_be_asked_for_elsewhere_is_waited_for() -> None:
+    """Contract 8: one admin port for several processes answers as that of one does."""
+
+    class Elsewhere(Service):
+        async def later(self) -> dict[str, Any]:
+            await asyncio.sleep(0)
+            return self.state
+
+        async def ready(self) -> tuple[bool, list[str]]:
+            await asyncio.sleep(0)
+            return False, ["process 2: draining"]
+
+        async def collect(self) -> Iterable[GaugeMetricFamily]:
+            await asyncio.sleep(0)
+            return self.collector.collect()
+
+    service = Elsewhere()
+    server = AdminServer("127.0.0.1", 0, snapshot=service.later, readiness=service.ready, registry=service)
+    async with ClientSession() as session:
+        client = Client(await server.start(), session)
+        state, ready, scraped = [await client.ask(path) for path in ("/debug/state", "/readyz", "/metrics")]
+    await server.stop()
+
+    assert orjson.loads(state.body) == service.state
+    assert (ready.status, orjson.loads(ready.body)) == (503, {"ready": False, "reasons": ["process 2: draining"]})
+    assert b"tierstream_concurrency_limit 500.0" in scraped.body
+
+
 @pytest.mark.parametrize("path", ["/nothing", "/metrics/", "//", "/debug", "/debug/state/x", "/%2e%2e/etc/passwd"])
 async def test_other_paths_are_not_found(client: Client, path: str) -> None:
     """No directory, no file, nothing beside the routes."""

@@ -115,6 +115,20 @@ def test_fields_bound_to_the_context_are_in_every_line(
     assert lines()[0]["epoch"] == 7
 
 
+def test_fields_bound_to_the_handler_are_in_every_line_whoever_wrote_it(
+    written: io.BytesIO, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    """Lines of several processes on one stderr are told apart by it; a line's own field of that name wins."""
+    log.configure("info", "json", stream=written, bound={"process": 2})
+
+    log.get_logger("consumer.x").info("drained")
+    logging.getLogger("aiokafka").warning("away")
+    log.get_logger("consumer.x").info("process ended", process=1)
+
+    assert [line["process"] for line in lines()] == [2, 2, 1]
+    assert list(lines()[0])[:4] == ["event", "level", "timestamp", "logger"]
+
+
 @pytest.mark.parametrize(
     ("level", "expected"),
     [
