@@ -17,6 +17,8 @@ The flow, and who owns what
     commit             commits, kafka.poller                the schedule decides when, the poller sends it
 
 * :mod:`consumer.app` owns everything and the order of stopping.
+* :mod:`consumer.processes` runs several of it as one service (``runtime.processes``): a supervisor owns the processes
+  and the admin port that shows them all. With one process it is not there.
 * :mod:`consumer.kafka.poller` owns the Kafka consumer and the set of assignments.
 * :mod:`consumer.kafka.publisher` owns the Kafka producer; one lane for each output partition keeps the order.
 * An :class:`~consumer.assignment.Assignment` owns its reservation, its running operations and its offset tracker, from
@@ -85,6 +87,10 @@ Non-obvious
 * A revocation first tries to commit. Being refused is how a *lost* partition shows itself; nothing else tells (H16c).
 * Fetched records are charged to the byte budget only up to half of it: reads must find room though every buffer is
   full, or the records that wait could keep the reads waiting that would drain them.
+* Processes are asked to stop over their line to the supervisor, not by a signal: a service manager signals all
+  processes of a unit, and whoever gets a second signal ends at once.
+* The counters of several processes keep what processes have counted that are gone, or do not answer: a sum that falls
+  would be read as a restart at zero, and the whole rest of it as an increase.
 * A compare-and-swap that "already is as wanted" answers true, so that a retry after a lost answer does not make its own
   success look like a conflict, and then remove its own revision.
 """

@@ -22,6 +22,9 @@ A step that fails, or does not end within its deadline, is logged and left behin
 (a thread on a disk that does not answer) would keep the interpreter from ending, so the process ends by force.
 
 The first SIGTERM or SIGINT starts the stop, the second ends the process at once (130 or 143): a crash loses nothing.
+
+One of several processes (``runtime.processes``) is the same, but for two things: its supervisor shows its state and
+asks it to stop, so that it has no admin port of its own, and a signal beside that request is a first one.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from consumer.codec import RESPONSE_PREFIX, OperationDecoder, registry_prefix
 from consumer.commits import CommitPolicy
 from consumer.config import RESPONSE_OVERHEAD_BYTES, Config
 from consumer.errors import BackendError, BackendUnavailable, ConfigError
+from consumer.exits import CLEAN, FAILURE, FATAL, POISONED, STOP_MARGIN_SECONDS, USAGE
 from consumer.ids import ObjectId
 from consumer.kafka.clients import TopicPartition, make_consumer, make_producer, make_transactional_producer
 from consumer.kafka.poller import COMMIT_TIMEOUT_SECONDS, Poller
@@ -68,17 +72,11 @@ from consumer.storage.factory import make_change_log, make_high_volume, make_lon
 from consumer.storage.tiered import TieredStorage
 from consumer.watchdog import LOOK_SECONDS, Suspicion, Watchdog, WatchdogTripped, watchdog_limits
 
-CLEAN, FAILURE, USAGE, FATAL, POISONED = 0, 1, 2, 3, 4
-"""Exit codes (contract 11)."""
-
-STOP_MARGIN_SECONDS = 15.0
-"""What a stop may take beside the drain (contract 11); the chart's grace period counts on it. After it the process ends
-whatever still hangs."""
 CLIENT_STOP_SECONDS = 3.0
 PUBLISHER_STOP_SECONDS = 2.0
 STORAGE_JOIN_SECONDS = 3.0
 STORAGE_CLOSE_SECONDS = 1.5
-"""With the final commit's 5 s these four stay below :data:`STOP_MARGIN_SECONDS`: 14.5 s."""
+"""With the final commit's 5 s these four stay below :data:`~consumer.exits.STOP_MARGIN_SECONDS`: 14.5 s."""
 STEP_SECONDS = 2.0
 """For a step that waits for nobody, and on top of what a step gives itself: longer, and it hangs."""
 
@@ -105,7 +103,7 @@ def main(config: Config) -> int:
             cannot do.
     """
     check_available(config)
-    with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(config)) as runner:
         return runner.run(run(config))
 
 
@@ -116,7 +114,6 @@ def check_available(config: Config) -> None:
         ConfigError: the text names every such setting.
     """
     asked = {
-        f"runtime.processes: {config.runtime.processes}": config.runtime.processes > 1,
         "references.in_responses: always": config.references.in_responses == "always",
     }
     missing = [setting for setting, wanted in asked.items() if wanted]
@@ -124,7 +121,12 @@ def check_available(config: Config) -> None:
         raise ConfigError("\n".join(f"{setting} is not available in this version" for setting in missing))
 
 
-def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes the event loop of ``runtime.loop``; None for the standard library's.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     if config.runtime.loop == "asyncio":
         return None
     try:
@@ -160,12 +162,20 @@ class _Limited:
 
 
 class App:
-    """One service process."""
+    """One service process.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: The configuration.
+        listens: Whether it has an admin port of its own; else somebody else shows :meth:`snapshot`, :meth:`readiness`
+            and :attr:`registry`.
+    """
+
+    def __init__(self, config: Config, *, listens: bool = True) -> None:
         self._config = config
+        self._listens = listens
         self._state: str = "starting"
         self._stop = asyncio.Event()
+        self._asked_to_stop = False
         self._exit_code = CLEAN
         self._counts = Counts()
         self._limiter = ConcurrencyLimiter(config.concurrency.limit)
@@ -181,6 +191,9 @@ class App:
         self._watching: asyncio.Task[None] | None = None
         self._hanging: list[str] = []
         """Steps of the stop that did not end in time: the process must not wait for the same once more."""
+        self.registry = new_registry()
+        """What ``/metrics`` shows; collected on the event loop."""
+        register(self.registry, self._counts, self._limiter, self.snapshot, loop_lag=self._lag)
 
     async def run(self) -> int:
         """Start, wait, stop."""
@@ -191,20 +204,24 @@ class App:
         except (ConfigError, BackendError) as error:
             self._failed(ConfigError(f"storage cannot be used: {error}"))
             return self._exit_code
-        registry = new_registry()
-        register(registry, self._counts, self._limiter, self.snapshot, loop_lag=self._lag)
         admin = AdminServer(
-            config.admin.host, config.admin.port, snapshot=self.snapshot, readiness=self.readiness, registry=registry
+            config.admin.host,
+            config.admin.port,
+            snapshot=self.snapshot,
+            readiness=self.readiness,
+            registry=self.registry,
         )
-        try:
-            port = await admin.start()
-        except OSError as error:
-            where = f"{config.admin.host}:{config.admin.port}"
-            log.error("admin port cannot be opened", address=where, error=str(error))  # noqa: TRY400 - no trace: it is the user's
-            await storage.close()
-            return USAGE
+        address: dict[str, object] = {}
+        if self._listens:
+            try:
+                address = {"admin_host": config.admin.host, "admin_port": await admin.start()}
+            except OSError as error:
+                where = f"{config.admin.host}:{config.admin.port}"
+                log.error("admin port cannot be opened", address=where, error=str(error))  # noqa: TRY400 - no trace: it is the user's
+                await storage.close()
+                return USAGE
         self._lag.start()
-        log.info("started", admin_host=config.admin.host, admin_port=port, pid=os.getpid())
+        log.info("started", **address, pid=os.getpid())
         sampler = asyncio.create_task(self._sample(), name="sampler")
         starting = asyncio.create_task(self._start(), name="start")
         await _first_of(starting, self._stop.wait())
@@ -373,10 +390,21 @@ class App:
             loop.add_signal_handler(number, self._signalled, number)
 
     def _signalled(self, number: signal.Signals) -> None:
-        if self._stop.is_set():
+        if self._stop.is_set() and not self._asked_to_stop:
             os._exit(128 + number)
+        self._asked_to_stop = False
         log.info("signal received", signal=number.name)
         self._stop.set()
+
+    def stop(self) -> None:
+        """Begin the stop, as a first signal does; a signal that comes as well is still the first one.
+
+        Where a supervisor and its children are all sent the same signal, as by systemd, nobody has sent a second one.
+        """
+        if not self._stop.is_set():
+            self._asked_to_stop = True
+            log.info("asked to stop")
+            self._stop.set()
 
     def _failed(self, error: BaseException) -> None:
         """End the service because of *error*: 2 for a wrong configuration, 4 for too many poison records, else 3."""

@@ -39,9 +39,10 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from fastavro import parse_schema, schemaless_reader, schemaless_writer
 
 from consumer.avro_schemas import schema_text
-from consumer.broker import DevBroker, dies_with_parent
+from consumer.broker import DevBroker
 from consumer.codec import OperationDecoder, ResponseEncoder, encode_operation
 from consumer.ids import ObjectContext
+from consumer.lifeline import dies_with
 from consumer.operations import DEFAULT_METADATA, Insert, Operation
 from consumer.permits import ConcurrencyLimiter
 from consumer.responses import ResponseHeaders
@@ -261,7 +262,7 @@ async def _timed(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TIERSTREAM_")}
     with log.open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(
-            *command, stderr=stderr, env=environment, preexec_fn=dies_with_parent()
+            *command, stderr=stderr, env=environment, preexec_fn=dies_with(os.getpid())
         )
         try:
             began, first, cpu_before = 0.0, 0, 0.0

@@ -14,19 +14,17 @@ reaches this process alone, which then stops it when everything that talks to it
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from consumer.errors import TierstreamError
+from consumer.lifeline import dies_with
 
 START_SECONDS: Final = 15.0
 """It is up in well under one; a busy machine may take longer."""
@@ -37,8 +35,6 @@ LOG_TAIL_BYTES: Final = 2000
 
 RECORD_BYTES_MAX: Final = 1_000_000
 """Largest record it takes, key, headers and overhead included; fixed in the program (1 MiB)."""
-
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class BrokerFailure(TierstreamError):
@@ -131,7 +127,7 @@ class DevBroker:
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
-                preexec_fn=dies_with_parent(),  # noqa: PLW1509 - it makes one system call and takes no lock
+                preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 - it makes one system call and takes no lock
             )
         try:
             self._wait_until_up()
@@ -188,17 +184,3 @@ class DevBroker:
             except subprocess.TimeoutExpired:
                 process.kill()
         process.wait()
-
-
-def dies_with_parent() -> Callable[[], None] | None:
-    """Return what a new child runs before its program, so that the kernel ends it with its parent (Linux only)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
-
-    def bind() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # the parent died before the line above
-            os._exit(1)
-
-    return bind

@@ -915,7 +915,7 @@ def _combinations(config: Config) -> Contradictions:
                 f"{name}.framing confluent needs schema_registry.url",
             )
     if config.runtime.processes > 1:
-        for part in ("high_volume", "long_term"):
+        for part in ("high_volume", "long_term", "change_log"):
             if getattr(config.storage, part).type == "memory":
                 yield Contradiction(
                     ("runtime.processes", f"storage.{part}.type"),

@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from consumer.broker import DevBroker, dies_with_parent
+from consumer.broker import DevBroker
 from consumer.codec import decode_response, encode_operation
 from consumer.config import Config, load
 from consumer.errors import InvalidOperation, TierstreamError
@@ -49,6 +49,7 @@ from consumer.kafka.clients import make_producer
 from consumer.kafka.publisher import Lane, Publisher
 from consumer.kafka.tools import tail
 from consumer.kafka.topics import Cluster, ensure_topics
+from consumer.lifeline import dies_with
 from consumer.operations import Delete, Get, Head, Insert, Metadata, Operation, PayloadReference
 
 TOPIC = "operations"
@@ -327,7 +328,7 @@ class _Demo:
                 stderr=log,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the demo, which then asks the service to leave, once
-                preexec_fn=dies_with_parent(),
+                preexec_fn=dies_with(os.getpid()),
             )
 
     async def _address(self, service: asyncio.subprocess.Process) -> str:

@@ -50,6 +50,10 @@ def run(config: ConfigFile = None, bootstrap: Bootstrap = None, group: Group = N
     logger = log.get_logger(__name__)
     for warning in settings.warnings:
         logger.warning("configuration", remark=warning)
+    if settings.runtime.processes > 1:
+        from consumer.processes.supervisor import main as supervise
+
+        raise typer.Exit(supervise(settings))
     from consumer.app import main
 
     raise typer.Exit(main(settings))

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kubernetes_validate.utils import validate
 
-from consumer.app import STOP_MARGIN_SECONDS
 from consumer.config import load
+from consumer.exits import STOP_MARGIN_SECONDS
 
 CHART = Path(__file__).parents[2] / "helm" / "tierstream"
 CASES = sorted(CHART.glob("ci/*-values.yaml"))

@@ -513,6 +513,10 @@ class TestContradictions:
             ("output: {framing: confluent}", "output.framing", "schema_registry.url"),
             ("runtime: {processes: 2}\nstorage: {long_term: {type: memory}}",
              "runtime.processes (2)", "storage.long_term.type"),
+            ("runtime: {processes: 3}\nstorage: {high_volume: {type: memory}}",
+             "runtime.processes (3)", "storage.high_volume.type"),
+            ("runtime: {processes: 2}\nstorage: {change_log: {type: memory}}",
+             "runtime.processes (2)", "storage.change_log.type"),
         ],
     )  # fmt: skip
     def test_settings_that_exclude_each_other_are_both_named(
