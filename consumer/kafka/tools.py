@@ -128,7 +128,7 @@ class RecordProducer:
                 self._size_max = min(self._size_max, int(settings.get("max.message.bytes", self._size_max)))
         settings = producer_settings(self._config) | {"max_request_size": self._size_max}
         self._producer = AIOKafkaProducer(**settings)
-        await _started(self._producer)
+        await start_client(self._producer)
 
     async def send(self, record: Outgoing) -> None:
         """Send *record*; waits for acknowledgements while too many are under way.
@@ -188,7 +188,7 @@ class RecordProducer:
             sent.add_done_callback(_seen)
         self._waiting.clear()
         if producer is not None:
-            await _stopped(producer)
+            await stop_client(producer)
 
 
 async def produce(
@@ -248,7 +248,7 @@ async def tail(
             if last is not None:
                 start = max(first[partition], ends[partition] - last)
             reader.seek(partition, start)
-        records = _follow(reader) if follow else read_until(reader, ends)
+        records = read_on(reader) if follow else read_until(reader, ends)
         if last is not None:
             kept = [record async for record in records]
             for record in sorted(kept, key=lambda record: (record.timestamp, record.partition, record.offset))[-last:]:
@@ -287,7 +287,7 @@ async def open_reader(
     partitions = [TopicPartition(topic, number) for number in ([partition] if partition is not None else range(count))]
     reader = AIOKafkaConsumer(**reader_settings(config, committed_only=committed_only))
     try:
-        await _started(reader)
+        await start_client(reader)
         reader.assign(partitions)
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
@@ -296,7 +296,7 @@ async def open_reader(
             raise ClusterUnavailable(f"offsets of topic {topic}: {type(error).__name__}") from error
         yield reader, partitions, first, await ends_of(reader, partitions)
     finally:
-        await _stopped(reader)
+        await stop_client(reader)
 
 
 async def ends_of(reader: AIOKafkaConsumer, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
@@ -323,7 +323,12 @@ async def _fetched(reader: AIOKafkaConsumer) -> list[Record]:
     return list(chain.from_iterable(batches.values()))
 
 
-async def _follow(reader: AIOKafkaConsumer) -> AsyncIterator[Record]:
+async def read_on(reader: AIOKafkaConsumer) -> AsyncIterator[Record]:
+    """Yield what comes, for ever.
+
+    Raises:
+        ClusterRefusal: the topic may not be read.
+    """
     while True:
         for record in await _fetched(reader):
             yield record
@@ -443,16 +448,21 @@ class _Client(Protocol):
     async def stop(self) -> None: ...
 
 
-async def _started(client: _Client) -> None:
+async def start_client(client: _Client) -> None:
+    """Connect a client, bounded.
+
+    Raises:
+        ClusterUnavailable: no broker answers; nothing is left connected.
+    """
     try:
         async with asyncio.timeout(START_SECONDS):
             await client.start()
     except (KafkaError, OSError, TimeoutError) as error:
-        await _stopped(client)
+        await stop_client(client)
         raise ClusterUnavailable(f"no connection to the brokers: {type(error).__name__}") from error
 
 
-async def _stopped(client: _Client) -> None:
+async def stop_client(client: _Client) -> None:
     """Stop a client that may hang (H18b) or raise what nobody caused (H17b)."""
     stopping = asyncio.ensure_future(client.stop())
     done, _ = await asyncio.wait([stopping], timeout=STOP_SECONDS)

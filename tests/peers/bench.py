@@ -61,7 +61,9 @@ def prepare(source: Path) -> None:
         return
     sys.stdout.write(f"==> preparing the peers in {WORK.relative_to(ROOT)} (minutes, once)\n")
     shutil.copytree(source, WORK, dirs_exist_ok=True)
-    subprocess.run(["sh", "setup.sh"], cwd=WORK, check=True)
+    done = subprocess.run(["sh", "setup.sh"], cwd=WORK, check=False)
+    if done.returncode != 0:
+        sys.exit("hint: the peers want python3.11 and python3.12; PYTHON=... and PYTHON312=... say where they are")
     (WORK / ".ready").touch()
 
 
