@@ -13,6 +13,15 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 PYTHON_CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 PYTHON_FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
+# One that was asked for by name, and is not what the environment was made with, means a new environment.
+ifneq ($(PYTHON),)
+PYTHON_IS := import sys; print(sys.base_prefix, sys.version_info[:3])
+ifneq ($(shell { $(PYTHON) -c '$(PYTHON_IS)'; } 2>/dev/null),$(shell { $(PY) -c '$(PYTHON_IS)'; } 2>/dev/null))
+NEW_ENVIRONMENT := yes
+.PHONY: $(VENV)/.demo-ready $(VENV)/.dev-ready
+endif
+endif
+
 # `make demo DEMO_ARGS=` keeps the status page up after the report; `make test TEST_ARGS=tests/unit` runs a part.
 DEMO_ARGS ?= --no-wait
 BENCH_ARGS ?=
@@ -83,7 +92,7 @@ $(VENV)/.dev-ready: requirements-dev.lock pyproject.toml
 
 define build_environment
 set -e; \
-if ! $(PY) -c '$(PYTHON_FITS)' >/dev/null 2>&1; then \
+if [ -n "$(NEW_ENVIRONMENT)" ] || ! $(PY) -c '$(PYTHON_FITS)' >/dev/null 2>&1; then \
 	chosen=; \
 	for candidate in $(PYTHON_CANDIDATES); do \
 		if $$candidate -c '$(PYTHON_FITS)' >/dev/null 2>&1; then chosen=$$candidate; break; fi; \

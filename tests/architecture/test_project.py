@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -128,3 +129,27 @@ def test_the_installed_command_works_away_from_the_checkout(installed: Path, tmp
 
     assert "0.1.0" in said
     assert Path(where.strip()).is_relative_to(installed)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_an_interpreter_that_is_asked_for_is_the_one_that_is_used(tmp_path: Path) -> None:
+    """`make PYTHON=…` builds the environment again where it was made with another one, and only there."""
+    for name in ("Makefile", "pyproject.toml", "requirements-demo.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    (tmp_path / ".venv/.demo-ready").touch()
+    other = tmp_path / "other"
+    other.write_text("#!/bin/sh\necho another one\n", encoding="utf-8")
+    other.chmod(0o755)
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PYTHON"))}
+
+    def is_ready(*arguments: str) -> bool:
+        command = ["make", "-q", ".venv/.demo-ready", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == 0
+
+    assert is_ready()
+    assert is_ready(f"PYTHON={sys.executable}")
+    assert not is_ready(f"PYTHON={other}")
