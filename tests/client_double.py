@@ -71,7 +71,9 @@ class ConsumerDouble:
         self._joined = asyncio.Event()
         self._joined.set()
         forever: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._fetcher = SimpleNamespace(_fetch_task=forever, _records={})
+        self._fetcher = SimpleNamespace(
+            _fetch_task=forever, _records={}, _max_partition_fetch_bytes=1000, _fetch_max_bytes=5000
+        )
         self._coordinator = SimpleNamespace(_coordination_task=forever, generation=-1, member_id="")
         self._client = SimpleNamespace(_sync_task=forever)
 

@@ -21,7 +21,9 @@ A rebalance, told by aiokafka's listener:
 
 Any exception out of ``getmany`` means that positions are no longer what was handed out (H1): every open partition is
 sought to its own cursor again. Where what the client has fetched of a partition cannot be read (a damaged batch), that
-partition is set aside for a while, or it would take the others' records with it again and again. The client's
+partition is set aside for a while, or it would take the others' records with it again and again. A record that a broker
+does not give whole, because it is larger than a fetch may be, is fetched with a higher limit, and answered like any
+other that is too large; above the byte budget its partition is set aside. The client's
 background tasks can die while polling goes on finding nothing (H3, H17c); poll looks at them each time round and ends
 the process with *fatal*, as a restart is right then. A poll that itself hangs, and whatever else stands still for no
 reason, is for :mod:`consumer.watchdog` to judge: it is shown :meth:`Poller.observation`.
@@ -48,6 +50,7 @@ from aiokafka.errors import (
     OffsetMetadataTooLargeError,
     OffsetOutOfRangeError,
     RebalanceInProgressError,
+    RecordTooLargeError,
 )
 from aiokafka.structs import OffsetAndMetadata
 
@@ -102,6 +105,9 @@ without a window are told apart by it, those with lag from those without."""
 
 UNREADABLE_SECONDS = 5.0
 """How long a partition is set aside of which something cannot be read: each attempt has the others fetch again."""
+
+FETCH_BYTES_MAX = 2**31 - 1
+"""Largest fetch limit that the protocol can express."""
 
 POLL_FAILURES_MAX = 3
 """Polls that fail one after the other before the service counts as not ready; one alone is a rebalance or a hiccup."""
@@ -286,6 +292,8 @@ class Poller(ConsumerRebalanceListener):
                 )
             except OffsetOutOfRangeError as error:
                 await self._reset(error.args[0])
+            except RecordTooLargeError as error:
+                self._fetch_more(error)
             except Exception as error:  # noqa: BLE001 - H1: whatever it was, positions are not to be trusted
                 unreadable = self._unreadable_partition()
                 self._seek_all()
@@ -362,6 +370,24 @@ class Poller(ConsumerRebalanceListener):
         for partition, assignment in self._fetching.items():
             with suppress(IllegalStateError):
                 self._client.seek(partition, assignment.cursor)
+
+    def _fetch_more(self, error: RecordTooLargeError) -> None:
+        """A fetch brought less than one record, over which the client has moved (H2): go back, and allow twice as much.
+
+        Brokers since 0.10.1 give one batch whole, whatever the limit is; what stands behind an address is not always
+        one. Private names, held by a test.
+        """
+        self._seek_all()
+        partition: TopicPartition = error.args[1]
+        fetcher: Any = self._client._fetcher  # noqa: SLF001 - what a running client asks for is set nowhere else
+        most = min(self._pipeline.budget.limit, FETCH_BYTES_MAX)
+        limit = min(2 * fetcher._max_partition_fetch_bytes, most)  # noqa: SLF001 - as above
+        if limit > fetcher._max_partition_fetch_bytes:  # noqa: SLF001 - as above
+            log.warning("record larger than a fetch: fetching more at a time", **_named(partition), fetch_bytes=limit)
+            fetcher._max_partition_fetch_bytes = limit  # noqa: SLF001 - as above
+            fetcher._fetch_max_bytes = max(fetcher._fetch_max_bytes, limit)  # noqa: SLF001 - as above
+        elif partition in self._fetching:
+            self._set_aside(partition, error)
 
     def _unreadable_partition(self) -> TopicPartition | None:
         """Find the partition at whose records the last poll broke off; private names, held by a test."""

@@ -234,7 +234,7 @@ class TestPolling:
         "error",
         [
             CorruptRecordException("Invalid CRC"),
-            RecordTooLargeError("no complete batch"),
+            RecordTooLargeError("no complete batch at %s=%s within %s", FIRST, 0, 1000),
             TopicAuthorizationFailedError("operations"),
             ValueError("of a decompressor"),
         ],
