@@ -6,6 +6,7 @@ Two tiers, two contracts, declared by their user (:mod:`consumer.storage.tiered`
   long-term revision holding the payload. Its one atomic step is :meth:`HighVolumeBackend.compare_and_write`.
 * :class:`LongTermBackend` keeps immutable revisions under names that are never used twice.
 * :class:`ChangeLog` is the durable write-ahead list of changes that touch both tiers.
+* :class:`ReferencedTier` is what a long-term tier has besides, if others can read its payloads without us.
 
 A row that has expired is absent: for reads, for preconditions, for everything (checklist BT-5, BT-7).
 """
@@ -16,10 +17,11 @@ from collections.abc import AsyncGenerator, AsyncIterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from consumer.operations import Metadata, StoredObject
+from consumer.operations import Metadata, PayloadReference, StoredObject
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
     from uuid import UUID
 
     from consumer.ids import ObjectId
@@ -178,6 +180,20 @@ class LongTermBackend(Protocol):
         ...
 
 
+class ReferencedTier(Protocol):
+    """A long-term tier whose payloads others can read by a URI. One that has no such method gives no references.
+
+    What :meth:`LongTermBackend.put` has stored lies there as it is: the bare payload, of the size and CRC-32C said.
+    """
+
+    async def reference(self, revision: Revision) -> PayloadReference | None:
+        """Return where the revision's payload lies, size and CRC-32C filled in; None where there is no such revision.
+
+        Raises: as :class:`HighVolumeBackend`.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One entry of the change log: what a mutation that touches both tiers may leave behind (LOG-2)."""
@@ -189,6 +205,9 @@ class Change:
     """The revision this change uploads, if any."""
     old: Revision | None
     """The revision this change replaces, if any."""
+    not_before: datetime | None = None
+    """The earliest time of its clean-up, by the wall clock. Set once the change is settled: nobody works on it any
+    more, and the revisions it still names are only kept for readers that were referred to them."""
 
 
 class ChangeLog(Protocol):
@@ -200,7 +219,11 @@ class ChangeLog(Protocol):
     owner: str
 
     async def record(self, change: Change) -> None:
-        """Make the entry durable; returns only then."""
+        """Make the entry durable; returns only then.
+
+        Recording it again changes nothing, unless it is postponed: that replaces what the entry says, and nobody has
+        claimed it then.
+        """
         ...
 
     async def remove(self, change_id: UUID) -> None:
@@ -210,13 +233,16 @@ class ChangeLog(Protocol):
     async def recoverable(self) -> Sequence[Change]:
         """Claim and return the entries that need recovery, unordered.
 
-        Those of dead owners, and those of this owner that were recorded *before this instance was made*. Never an entry
-        recorded through this instance.
+        * Those of dead owners, and those of this owner that were recorded *before this instance was made*; none that
+          has a ``not_before``.
+        * Every entry whose ``not_before`` has come, whoever's it is, this instance's too; none before that (LOG-4).
+
+        A claimed entry is returned again, to its claimer alone while that lives, until it is removed or recorded again.
         """
         ...
 
     async def count(self) -> int:
-        """Entries of this owner now in the log."""
+        """Entries of this owner now in the log, without those whose ``not_before`` is yet to come: they are no work."""
         ...
 
     async def join(self) -> None:

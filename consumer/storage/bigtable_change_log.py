@@ -9,22 +9,27 @@ entry forbids its revision first, in the row (:meth:`HighVolumeBackend.forbid`).
 
 **Rows**, in family ``fl``, behind all storage paths:
 
-* ``~change/CHANGE_ID``: ``e`` the entry (JSON: ``path``, ``new``, ``old``), ``o`` owner, ``i`` incarnation, ``s`` when
-  it was recorded, ``c`` if it has been claimed, ``u`` if it could not be read.
+* ``~change/CHANGE_ID``: ``e`` the entry (JSON: ``path``, ``new``, ``old``, ``not_before``), ``o`` owner, ``i``
+  incarnation, ``s`` when it was recorded, ``b`` from when a postponed one may be claimed (a microsecond less with each
+  claim), ``c`` if it has been claimed, ``u`` if it could not be read.
 * ``~owner/INCARNATION``: ``o`` owner, ``l`` end of the lease.
 
-**Record**: the lease is renewed if a part of it is over, then the entry is written where there is none. Durable when
-the call returns. An entry is never there before the lease it belongs to.
+**Record**: the lease is renewed if a part of it is over, then the entry is written where there is none. Where there
+is one and this one is postponed, what it says is replaced, and nobody has claimed it then. Durable when the call
+returns. An entry is never there before the lease it belongs to.
 
 **Recoverable**
 
 1. Read all entries, then all leases: an entry seen has its lease seen too, unless that is over.
-2. Claim, by compare-and-swap of ``i``, so that of two recoverers only one gets an entry, every one
+2. Claim, by compare-and-swap of ``i``, so that of two recoverers only one gets an entry, every one without ``b``
 
    * of an incarnation without a live lease (its process died, or stopped without cleaning up), or
-   * of an earlier incarnation of this owner, live or not, recorded before this one was made: a restart does not wait.
-3. Return what has been claimed, now or before, and not removed yet, so that a recovery that failed, or was killed, can
-   be begun again. Entries recorded through this incarnation are never among them.
+   * of an earlier incarnation of this owner, live or not, recorded before this one was made: a restart does not wait;
+
+   and by compare-and-swap of ``b`` every one whose time has come, unless a living incarnation has claimed it already.
+3. Return what has been claimed, now or before, and not removed or recorded anew since, so that a recovery that failed,
+   or was killed, can be begun again. Of the entries recorded through this incarnation only those that were postponed
+   and are due are among them.
 
    * An entry that cannot be read is logged, set aside, and stays in the table for inspection.
 4. Forget the leases that are over.
@@ -53,11 +58,12 @@ from consumer.storage.bigtable_table import (
     TableName,
     cell,
     columns,
+    delete_column,
     delete_row,
     set_cell,
 )
 from consumer.storage.host import default_owner
-from consumer.storage.metadata import micros, now_utc
+from consumer.storage.metadata import from_micros, micros, now_utc
 
 log = get_logger(__name__)
 
@@ -68,7 +74,7 @@ FAMILIES = {LOG: False}
 ENTRIES, LEASES = b"~change/", b"~owner/"
 """What row keys begin with; no storage path does."""
 
-ENTRY, OWNER, INCARNATION, RECORDED, CLAIMED, UNREADABLE, LEASE = b"e", b"o", b"i", b"s", b"c", b"u", b"l"
+ENTRY, OWNER, INCARNATION, RECORDED, DUE, CLAIMED, UNREADABLE, LEASE = b"e", b"o", b"i", b"s", b"b", b"c", b"u", b"l"
 
 SCAN_ENTRIES = 500
 """Entries of one step of a scan."""
@@ -137,7 +143,7 @@ class BigtableChangeLog:
         self._clock = clock
         self._sleep = sleep
         self._table = BigtableTable(TableName(project, instance, table, emulator_host, app_profile), FAMILIES)
-        self._all = columns(b"[eoiscul]")
+        self._all = columns(b"[eoisbcul]")
         self._renewed_at = 0
         self._renewing = asyncio.Lock()
         self._heartbeat: asyncio.Task[None] | None = None
@@ -169,21 +175,20 @@ class BigtableChangeLog:
         await self._table.check()
 
     async def record(self, change: Change) -> None:
-        """Make the entry durable; recording the same one again is a success."""
+        """Make the entry durable; recording it again only postpones it, if that."""
         await self._keep_alive()
+        due = None if change.not_before is None else micros(change.not_before)
         entry = {
             "path": change.object_id.storage_path,
             "new": None if change.new is None else change.new.name,
             "old": None if change.old is None else change.old.name,
+            "not_before": due,
         }
-        written = {
-            ENTRY: orjson.dumps(entry),
-            OWNER: self.owner.encode(),
-            INCARNATION: self._incarnation,
-            RECORDED: b"%d" % _stamp(),
-        }
-        changes = [set_cell(LOG, column, value, 0) for column, value in written.items()]
-        await self._table.check_and_mutate(_entry_key(change.change_id), None, unmatched=changes)
+        said = {ENTRY: orjson.dumps(entry)} | ({} if due is None else {DUE: b"%d" % due})
+        whose = {OWNER: self.owner.encode(), INCARNATION: self._incarnation, RECORDED: b"%d" % _stamp()}
+        first = [set_cell(LOG, column, value, 0) for column, value in (said | whose).items()]
+        postponed = [*first[: len(said)], delete_column(LOG, CLAIMED)] if due is not None else []
+        await self._table.check_and_mutate(_entry_key(change.change_id), None, matched=postponed, unmatched=first)
 
     async def remove(self, change_id: UUID) -> None:
         """Drop an entry; dropping an absent one is a success (LOG-3)."""
@@ -198,7 +203,7 @@ class BigtableChangeLog:
         dead = {name for name, cells in leases.items() if _number(cells, LEASE) <= now}
         alive = leases.keys() - dead
         found = [(key, cells) for key, cells in entries if self._is_ours_by_now(cells)]
-        wanted = [(key, cells) for key, cells in entries if self._may_be_claimed(cells, alive)]
+        wanted = [(key, cells) for key, cells in entries if self._may_be_claimed(cells, alive, now)]
         for start in range(0, len(wanted), CLAIMS_AT_ONCE):
             group = wanted[start : start + CLAIMS_AT_ONCE]
             won = await asyncio.gather(*(self._claim(key, cells) for key, cells in group))
@@ -209,13 +214,13 @@ class BigtableChangeLog:
         return await self._readable(found)
 
     async def count(self) -> int:
-        """Entries of this owner now in the log, unreadable ones excluded."""
-        mine = self.owner.encode()
+        """Entries of this owner now in the log, without unreadable ones and those that wait for their time."""
+        mine, now = self.owner.encode(), micros(self._clock())
         return len(
             [
                 key
                 async for key, cells in self._rows(ENTRIES)
-                if _text(cells, OWNER) == mine and (LOG, UNREADABLE) not in cells
+                if _text(cells, OWNER) == mine and (LOG, UNREADABLE) not in cells and _number(cells, DUE) <= now
             ]
         )
 
@@ -283,8 +288,11 @@ class BigtableChangeLog:
     def _is_ours_by_now(self, cells: Cells) -> bool:
         return _text(cells, INCARNATION) == self._incarnation and (LOG, CLAIMED) in cells
 
-    def _may_be_claimed(self, cells: Cells, alive: set[bytes]) -> bool:
+    def _may_be_claimed(self, cells: Cells, alive: set[bytes], now: int) -> bool:
         incarnation = _text(cells, INCARNATION)
+        if (LOG, DUE) in cells:
+            held = (LOG, CLAIMED) in cells and (incarnation in alive or incarnation == self._incarnation)
+            return _number(cells, DUE) <= now and not held
         if incarnation == self._incarnation:
             return False
         return incarnation not in alive or (
@@ -294,7 +302,11 @@ class BigtableChangeLog:
     async def _claim(self, key: bytes, cells: Cells) -> bool:
         """Make an entry ours, if it is still its owner's; True also where an earlier attempt did."""
         written = {OWNER: self.owner.encode(), INCARNATION: self._incarnation, CLAIMED: b"1"}
-        as_read = cell(LOG, INCARNATION, value=_text(cells, INCARNATION))
+        column = INCARNATION
+        if (LOG, DUE) in cells:  # that of a postponed entry may be our own already
+            column = DUE
+            written[DUE] = b"%d" % (_number(cells, DUE) - 1)
+        as_read = cell(LOG, column, value=_text(cells, column))
         changes = [set_cell(LOG, column, value, 0) for column, value in written.items()]
         if (await self._table.check_and_mutate(key, as_read, matched=changes)).matched:
             return True
@@ -338,10 +350,13 @@ def _change(key: bytes, cells: Cells) -> Change | None:
     """Return the entry of a row, None where it cannot be read."""
     try:
         entry = orjson.loads(_text(cells, ENTRY))
+        due = entry.get("not_before")
         return Change(
             UUID(key.removeprefix(ENTRIES).decode()),
             ObjectId.parse(entry["path"]),
-            *(None if entry[name] is None else Revision(entry[name]) for name in ("new", "old")),
+            None if entry["new"] is None else Revision(entry["new"]),
+            None if entry["old"] is None else Revision(entry["old"]),
+            None if due is None else from_micros(due),
         )
-    except (TierstreamError, AttributeError, KeyError, TypeError, ValueError):
+    except (TierstreamError, AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None

@@ -21,15 +21,20 @@ revision too many: the new one if the swap failed, the old one if it succeeded. 
      what the row points to, so it is current. Done: no swap can bring it back, whoever is still about to send one; the
      row is read, and what it points to, if anything, is current (LOG-10).
 2. Remove the old revision if it is not current, the new one if it is not current, then the entry.
+   * Readers may have been referred to one of them (a retention is set, and a row may have pointed to it): the entry is
+     recorded again, naming only what is kept, to be cleaned up when the retention is over. From then on it is nobody's:
+     the recovery of whichever process lives at that time removes it, so that waiting costs neither tasks nor memory,
+     and no restart makes it wait longer.
    * Error at any step: wait (100 ms, times 1.5, at most 30 s), begin again at 1 (LOG-9). Every step is idempotent.
 
 **Recover** (in the background from construction inside a running loop, else from the first use, and again every
 :data:`RECOVERY_SECONDS` until a join; LOG-5, LOG-6)
 
-1. Claim what dead owners, and this owner before its restart, have left. Error: as above.
+1. Claim what dead owners, and this owner before its restart, have left, and what was kept long enough. Error: as
+   above.
 2. Clean up one entry after the other, as *recovered*. One that fails goes on by itself, as a task like those above.
 
-Recovery only removes; it never finishes an operation. It sees no entry recorded through this instance.
+Recovery only removes; it never finishes an operation. It sees no entry that is being worked on.
 
 **Join**: no clean-up is waited for longer than :data:`JOIN_SECONDS`, nor tried more than :data:`JOIN_ATTEMPTS` times
 more. What is left then stays in the log for the next start, and a warning says so (TIER-13, TIER-17).
@@ -46,6 +51,7 @@ import asyncio
 import enum
 import logging
 from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -93,6 +99,10 @@ def cleanup_delay(failed: int) -> float:
     Without jitter: clean-ups do not hold anybody up, and only :data:`ATTEMPTS_AT_ONCE` run at a time.
     """
     return float(min(0.1 * 1.5 ** min(failed - 1, 20), 30.0))
+
+
+def _utc() -> datetime:
+    return datetime.now(UTC)
 
 
 class ChangePhase(enum.Enum):
@@ -155,6 +165,9 @@ class Changes:
         counts: Counts orphans removed; None counts nothing.
         delay: Seconds to wait after the failure number n of a clean-up.
         join_seconds: How long a join waits.
+        retention: How long a revision is kept that a row has pointed to; None = readers are referred to none, and it
+            is removed at once.
+        clock: The wall clock, UTC.
     """
 
     def __init__(
@@ -166,6 +179,8 @@ class Changes:
         counts: Counts | None = None,
         delay: Callable[[int], float] = cleanup_delay,
         join_seconds: float = JOIN_SECONDS,
+        retention: timedelta | None = None,
+        clock: Callable[[], datetime] = _utc,
     ) -> None:
         self.log = change_log
         self.started = False
@@ -175,6 +190,8 @@ class Changes:
         self._counts = counts
         self._delay = delay
         self._join_seconds = join_seconds
+        self._retention = retention
+        self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
         self._recovering: set[UUID] = set()
         """Entries of others that are cleaned up by a task already: another recovery leaves them to it."""
@@ -229,8 +246,9 @@ class Changes:
             except Exception as error:  # noqa: BLE001 - whatever it was, the entry is still there
                 self._report("clean-up of a change", 1, error)
                 self.clean_up(change, ChangePhase.RECOVERED, failed=1)
-        if entries:
-            log.info("change log recovered", entries=len(entries))
+        left = sum(change.not_before is None for change in entries)
+        if left:
+            log.info("change log recovered", entries=left)
         return len(entries)
 
     async def join(self) -> None:
@@ -319,12 +337,32 @@ class Changes:
         """Remove what *change* has left behind and is not current, then its entry; every step is idempotent."""
         async with self._working:
             current = await self._current(change, phase)
+            kept: list[Revision] = []
             for revision in (change.old, change.new):
-                if revision is not None and revision != current:
-                    await self._long_term.delete(revision)
-                    if self._counts is not None and (revision is change.new or phase is ChangePhase.RECOVERED):
-                        self._counts.orphans_removed += 1
-            await self.log.remove(change.change_id)
+                if revision is None or revision == current:
+                    continue
+                if self._may_be_read(change, phase, revision):
+                    kept.append(revision)
+                    continue
+                await self._long_term.delete(revision)
+                left_over = revision is change.new or phase is ChangePhase.RECOVERED
+                if self._counts is not None and left_over and change.not_before is None:
+                    self._counts.orphans_removed += 1
+            if self._retention is not None and kept:
+                new = change.new if change.new in kept else None
+                old = change.old if change.old in kept else None
+                await self.log.record(
+                    Change(change.change_id, change.object_id, new, old, self._clock() + self._retention)
+                )
+            else:
+                await self.log.remove(change.change_id)
+
+    def _may_be_read(self, change: Change, phase: ChangePhase, revision: Revision) -> bool:
+        """Tell whether somebody may still read *revision*, no longer current, because a response has referred to it."""
+        if self._retention is None or change.not_before is not None:
+            return False
+        # The swap to the new one was never sent, or refused: no reader has seen it.
+        return revision is not change.new or phase not in {ChangePhase.RECORDED, ChangePhase.LOST}
 
     async def _current(self, change: Change, phase: ChangePhase) -> Revision | None:
         """Tell which revision the row points to, if any, now and for any swap of *change* still on its way (LOG-8)."""

@@ -245,27 +245,30 @@ class MemoryChangeLog:
 
     Args:
         owner: Name of the owner; by default one that no other process has.
+        clock: Tells the time from which postponed entries are due.
     """
 
-    def __init__(self, owner: str | None = None) -> None:
+    def __init__(self, owner: str | None = None, *, clock: Callable[[], datetime] = now_utc) -> None:
         self.owner = owner or default_owner()
+        self._clock = clock
         self._changes: dict[UUID, Change] = {}
 
     async def record(self, change: Change) -> None:
-        """Keep the entry."""
-        self._changes[change.change_id] = change
+        """Keep the entry; of one that is there already, what it says when it is postponed."""
+        if change.not_before is not None or change.change_id not in self._changes:
+            self._changes[change.change_id] = change
 
     async def remove(self, change_id: UUID) -> None:
         """Drop an entry; dropping an absent one is a success (LOG-3)."""
         self._changes.pop(change_id, None)
 
     async def recoverable(self) -> Sequence[Change]:
-        """Return nothing: every entry was recorded through this very instance."""
-        return ()
+        """Return what was postponed and is due; every other entry is being worked on, by this very process."""
+        return [change for change in self._changes.values() if change.not_before is not None and self._is_due(change)]
 
     async def count(self) -> int:
-        """Entries now in the log."""
-        return len(self._changes)
+        """Entries now in the log, without those that wait for their time."""
+        return sum(self._is_due(change) for change in self._changes.values())
 
     async def scan_changes(self) -> AsyncGenerator[tuple[str, Change], None]:
         """Yield every entry with its owner."""
@@ -277,3 +280,6 @@ class MemoryChangeLog:
 
     async def close(self) -> None:
         """Return at once: nothing is held that needs releasing."""
+
+    def _is_due(self, change: Change) -> bool:
+        return change.not_before is None or change.not_before <= self._clock()

@@ -45,6 +45,15 @@ def micros(time: datetime) -> int:
     return (time - _EPOCH) // _MICROSECOND
 
 
+def from_micros(count: int) -> datetime:
+    """Return the time so many microseconds after 1970.
+
+    Raises:
+        OverflowError: there is no such time.
+    """
+    return _EPOCH + count * _MICROSECOND
+
+
 def encode_metadata(metadata: Metadata) -> bytes:
     """Return the stored form of *metadata*; deterministic.
 

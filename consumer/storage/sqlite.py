@@ -63,10 +63,11 @@ Ts = TypeVarTuple("Ts")
 APPLICATION_ID = 0x54535452
 """Marks the file as ours ("TSTR"), so that another program's database is refused instead of written into."""
 
-SCHEMA_VERSION = 1
-"""Version of :data:`SCHEMA`, kept in the file; a newer one is refused."""
+SCHEMA_VERSION = 2
+"""Version of the tables, kept in the file; a newer one is refused."""
 
-SCHEMA = """
+SCHEMAS = {
+    1: """
 CREATE TABLE objects (
     path TEXT NOT NULL UNIQUE, metadata BLOB NOT NULL, expires INTEGER, target TEXT, payload BLOB
 );
@@ -81,7 +82,15 @@ CREATE TABLE change_log_entries (
     incarnation TEXT NOT NULL, claimed INTEGER NOT NULL DEFAULT 0, unreadable INTEGER NOT NULL DEFAULT 0,
     object_path TEXT NOT NULL, new_revision TEXT, old_revision TEXT
 );
-"""
+""",
+    2: """
+ALTER TABLE change_log_entries ADD COLUMN not_before INTEGER;
+CREATE INDEX change_log_entries_at_work ON change_log_entries (incarnation) WHERE not_before IS NULL;
+CREATE INDEX change_log_entries_due ON change_log_entries (not_before) WHERE not_before IS NOT NULL;
+CREATE INDEX change_log_entries_claimed ON change_log_entries (incarnation) WHERE claimed;
+""",
+}
+"""What brings a file from the version before to each version."""
 
 BUSY_SECONDS = 5.0
 """How long a statement waits for another process: many group commits, and well under an attempt's 20 s."""
@@ -484,7 +493,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _create_or_check(connection: sqlite3.Connection) -> None:
-    """Bring the tables into being, or make sure that they are ours and of a version we know."""
+    """Bring the tables into being or up to date, or make sure that they are ours and of a version we know."""
     connection.execute("PRAGMA page_size = 16384")  # a typical small object lies in one page; without effect later on
     deadline = time.monotonic() + BUSY_SECONDS
     while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
@@ -498,15 +507,16 @@ def _create_or_check(connection: sqlite3.Connection) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if not tables:
-        for statement in SCHEMA.split(";"):
+    if tables and application != APPLICATION_ID:
+        raise ConfigError("the storage file belongs to another program")
+    if version > SCHEMA_VERSION:
+        raise ConfigError(f"the storage file was written by a newer version (schema {version})")
+    for missing in range(version + 1 if tables else 1, SCHEMA_VERSION + 1):
+        for statement in SCHEMAS[missing].split(";"):
             connection.execute(statement)
+    if version < SCHEMA_VERSION or not tables:
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    elif application != APPLICATION_ID:
-        raise ConfigError("the storage file belongs to another program")
-    elif version > SCHEMA_VERSION:
-        raise ConfigError(f"the storage file was written by a newer version (schema {version})")
     connection.execute("COMMIT")
 
 

@@ -9,11 +9,13 @@ started, so that setting the wall clock kills nobody; a lease from before a rest
 
 **Recoverable**, in one transaction, so that of two recoverers only one gets an entry:
 
-1. Take over, in the name of this incarnation, every entry
+1. Take over, in the name of this incarnation, every entry without a ``not_before``
    * of another incarnation without a live lease (its process died, or stopped without cleaning up), or
-   * of an earlier incarnation of this owner, live or not, recorded before this one was made: a restart does not wait.
-2. Return what has been taken over and not removed yet, so that a recovery that failed can be begun again. Entries
-   recorded through this incarnation are never among them.
+   * of an earlier incarnation of this owner, live or not, recorded before this one was made: a restart does not wait;
+
+   and every one whose ``not_before`` has come, unless another living incarnation has taken it over already.
+2. Return what has been taken over and not removed or recorded anew since, so that a recovery that failed can be begun
+   again. Of the entries recorded through this incarnation only those that were postponed and are due are among them.
    * An entry that cannot be read is logged, set aside, and stays in the file for inspection.
 
 **Join** ends the lease: whatever is left then may be recovered by anyone, at once.
@@ -25,7 +27,8 @@ import os
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from datetime import datetime
+from typing import Any, TypeAlias
 from uuid import UUID, uuid4
 
 from consumer.errors import TierstreamError
@@ -33,6 +36,7 @@ from consumer.ids import ObjectId
 from consumer.log import get_logger
 from consumer.storage.backend import Change, Revision
 from consumer.storage.host import boot_id, default_owner
+from consumer.storage.metadata import from_micros, micros, now_utc
 from consumer.storage.sqlite import SqliteDatabase, Timer
 
 log = get_logger(__name__)
@@ -59,6 +63,7 @@ class SqliteChangeLog:
         owner: A name that survives restarts, used by one running process at a time; by default one of its own.
         lease_seconds: How long after its last sign of life this incarnation counts as alive.
         monotonic: Seconds on a clock that all processes of this host share.
+        clock: The wall clock, by which postponed entries become due.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class SqliteChangeLog:
         lease_seconds: float = LEASE_SECONDS,
         *,
         monotonic: Callable[[], float] = time.monotonic,
+        clock: Callable[[], datetime] = now_utc,
     ) -> None:
         if lease_seconds <= 0:
             raise ValueError(f"a lease is longer than {lease_seconds} seconds")
@@ -75,6 +81,7 @@ class SqliteChangeLog:
         self._incarnation = uuid4().hex
         self._lease_seconds = lease_seconds
         self._monotonic = monotonic
+        self._clock = clock
         self._database = SqliteDatabase.shared(path)
         self._closed = False
         self._heartbeat: Timer | None = None
@@ -85,11 +92,15 @@ class SqliteChangeLog:
         await self._database.open()
 
     async def record(self, change: Change) -> None:
-        """Make the entry durable; recording the same one again is a success."""
+        """Make the entry durable; recording it again only postpones it, if that."""
         self._keep_alive()
-        new = None if change.new is None else change.new.name
-        old = None if change.old is None else change.old.name
-        await self._database.write(self._insert, str(change.change_id), change.object_id.storage_path, new, old)
+        entry = (
+            change.object_id.storage_path,
+            None if change.new is None else change.new.name,
+            None if change.old is None else change.old.name,
+            None if change.not_before is None else micros(change.not_before),
+        )
+        await self._database.write(self._insert, str(change.change_id), entry)
 
     async def remove(self, change_id: UUID) -> None:
         """Drop an entry; dropping an absent one is a success (LOG-3)."""
@@ -100,10 +111,10 @@ class SqliteChangeLog:
         self._keep_alive()
         changes: list[Change] = []
         unreadable: list[str] = []
-        for change_id, path, new, old in await self._database.write(self._claim):
+        for change_id, *entry in await self._database.write(self._claim, micros(self._clock())):
             try:
-                changes.append(_change(change_id, path, new, old))
-            except (TierstreamError, TypeError, ValueError, AttributeError):
+                changes.append(_change(change_id, *entry))
+            except (TierstreamError, TypeError, ValueError, AttributeError, OverflowError):
                 unreadable.append(change_id)
         if unreadable:
             log.error("change log entries are unreadable and were set aside", entries=len(unreadable))
@@ -111,18 +122,18 @@ class SqliteChangeLog:
         return changes
 
     async def count(self) -> int:
-        """Entries of this owner now in the log, unreadable ones excluded."""
-        return await self._database.read(_count, self.owner)
+        """Entries of this owner now in the log, without unreadable ones and those that wait for their time."""
+        return await self._database.read(_count, self.owner, micros(self._clock()))
 
     async def scan_changes(self) -> AsyncGenerator[tuple[str, Change], None]:
         """Yield every entry with its owner, in the order they were recorded."""
         last = 0
         while rows := await self._database.read(_entries_after, last):
             last = rows[-1][0]
-            for _, owner, change_id, path, new, old in rows:
+            for _, owner, *entry in rows:
                 try:
-                    change = _change(change_id, path, new, old)
-                except (TierstreamError, TypeError, ValueError, AttributeError):
+                    change = _change(*entry)
+                except (TierstreamError, TypeError, ValueError, AttributeError, OverflowError):
                     continue
                 yield owner, change
 
@@ -157,18 +168,21 @@ class SqliteChangeLog:
         now = self._monotonic()
         connection.execute(_RENEW, (self._incarnation, self.owner, boot_id(), now + self._lease_seconds))
 
-    def _insert(
-        self, connection: sqlite3.Connection, change_id: str, path: str, new: str | None, old: str | None
-    ) -> None:
+    def _insert(self, connection: sqlite3.Connection, change_id: str, entry: _Entry) -> None:
         self._renew(connection)
-        connection.execute(_INSERT, (change_id, self.owner, self._incarnation, path, new, old))
+        connection.execute(_INSERT, (change_id, self.owner, self._incarnation, *entry))
 
-    def _claim(self, connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    def _claim(self, connection: sqlite3.Connection, today: int) -> list[tuple[Any, ...]]:
         self._renew(connection)
         mine, now = self._incarnation, self._monotonic()
         connection.execute(_CLAIM, (self.owner, mine, mine, self.owner, mine, boot_id(), now))
+        connection.execute(_CLAIM_DUE, (self.owner, mine, today, boot_id(), now))
         connection.execute(_FORGET, (boot_id(), now))  # the dead own nothing any more
         return connection.execute(_CLAIMED, (mine,)).fetchall()
+
+
+_Entry: TypeAlias = tuple[str, str | None, str | None, int | None]
+"""What a change says: path, new and old revision, and its ``not_before`` in microseconds."""
 
 
 _RENEW = """
@@ -177,33 +191,47 @@ VALUES (?, ?, ?, ?, (SELECT coalesce(max(sequence), 0) FROM change_log_entries))
 ON CONFLICT (incarnation) DO UPDATE SET lease_until = excluded.lease_until
 """
 _INSERT = """
-INSERT INTO change_log_entries (change_id, owner, incarnation, object_path, new_revision, old_revision)
-VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (change_id) DO NOTHING
+INSERT INTO change_log_entries (change_id, owner, incarnation, object_path, new_revision, old_revision, not_before)
+VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (change_id) DO UPDATE SET
+    new_revision = excluded.new_revision, old_revision = excluded.old_revision, not_before = excluded.not_before,
+    claimed = 0
+WHERE excluded.not_before IS NOT NULL
 """
 _CLAIM = """
 UPDATE change_log_entries SET owner = ?, incarnation = ?, claimed = 1
-WHERE incarnation <> ? AND (
+WHERE not_before IS NULL AND incarnation <> ? AND (
     owner = ? AND sequence <= (SELECT since FROM change_log_instances WHERE incarnation = ?)
     OR incarnation NOT IN (SELECT incarnation FROM change_log_instances WHERE boot = ? AND lease_until > ?)
 )
 """
+_CLAIM_DUE = """
+UPDATE change_log_entries SET owner = ?, incarnation = ?, claimed = 1
+WHERE not_before <= ? AND NOT (
+    claimed AND incarnation IN (SELECT incarnation FROM change_log_instances WHERE boot = ? AND lease_until > ?)
+)
+"""
 _CLAIMED = """
-SELECT change_id, object_path, new_revision, old_revision FROM change_log_entries
+SELECT change_id, object_path, new_revision, old_revision, not_before FROM change_log_entries
 WHERE incarnation = ? AND claimed AND NOT unreadable ORDER BY sequence
 """
+_COUNT = """
+SELECT (SELECT count(*) FROM change_log_entries WHERE owner = ? AND NOT unreadable AND not_before IS NULL)
+     + (SELECT count(*) FROM change_log_entries WHERE owner = ? AND NOT unreadable AND not_before <= ?)
+"""
 _ENTRIES_AFTER = """
-SELECT sequence, owner, change_id, object_path, new_revision, old_revision FROM change_log_entries
+SELECT sequence, owner, change_id, object_path, new_revision, old_revision, not_before FROM change_log_entries
 WHERE sequence > ? ORDER BY sequence LIMIT ?
 """
 _FORGET = "DELETE FROM change_log_instances WHERE boot <> ? OR lease_until <= ?"
 
 
-def _change(change_id: str, path: str, new: str | None, old: str | None) -> Change:
+def _change(change_id: str, path: str, new: str | None, old: str | None, not_before: int | None) -> Change:
     return Change(
         UUID(change_id),
         ObjectId.parse(path),
         None if new is None else Revision(new),
         None if old is None else Revision(old),
+        None if not_before is None else from_micros(not_before),
     )
 
 
@@ -221,10 +249,8 @@ def _set_aside(connection: sqlite3.Connection, change_ids: list[str]) -> None:
     )
 
 
-def _count(connection: sqlite3.Connection, owner: str) -> int:
-    found: tuple[int] = connection.execute(
-        "SELECT count(*) FROM change_log_entries WHERE owner = ? AND NOT unreadable", (owner,)
-    ).fetchone()
+def _count(connection: sqlite3.Connection, owner: str, today: int) -> int:
+    found: tuple[int] = connection.execute(_COUNT, (owner, owner, today)).fetchone()
     return found[0]
 
 

@@ -82,14 +82,17 @@ LONG_TERM: dict[str, Callable[[Place, ManualClock], LongTermBackend]] = {
     "filesystem": lambda place, clock: FilesystemBackend(place.folder / "data" / "objects", clock=clock),
 }
 
+REFERENCED = [name for name in LONG_TERM if name != "memory"]
+"""Those whose payloads others can read."""
+
 OpenLog = Callable[..., ChangeLog]
 """Called with ``owner`` and ``lease_seconds``; logs opened by one test share what a disk would keep."""
 
 CHANGE_LOGS: dict[str, Callable[[Place, ManualClock], OpenLog]] = {
-    "memory": lambda _place, _clock: lambda owner=None, lease_seconds=30.0: MemoryChangeLog(owner),
+    "memory": lambda _place, clock: lambda owner=None, lease_seconds=30.0: MemoryChangeLog(owner, clock=clock),
     "sqlite": lambda place, clock: (
         lambda owner=None, lease_seconds=30.0: SqliteChangeLog(
-            place.file, owner, lease_seconds, monotonic=clock.seconds
+            place.file, owner, lease_seconds, monotonic=clock.seconds, clock=clock
         )
     ),
     "bigtable": lambda place, clock: (
@@ -143,6 +146,16 @@ async def _create(part: object) -> None:
     creating = getattr(part, "create", None)
     if creating is not None:
         await creating()
+
+
+@pytest.fixture(params=REFERENCED)
+async def referenced(request: Any, place: Place, clock: ManualClock) -> AsyncIterator[LongTermBackend]:
+    """Lend each long-term tier in turn whose payloads others can read; it is a `ReferencedTier` too."""
+    backend = LONG_TERM[request.param](place, clock)
+    await _create(backend)
+    yield backend
+    await backend.join()
+    await backend.close()
 
 
 async def _opened_logs(name: str, place: Place, clock: ManualClock) -> AsyncIterator[OpenLog]:

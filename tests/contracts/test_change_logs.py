@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any, TypeAlias
 from uuid import UUID
 
 from consumer.ids import ObjectId
-from consumer.storage.backend import Change, ChangeLog, Revision
+from consumer.storage.backend import Change, ChangeLog
 from consumer.storage.revision import new_revision, uuid7
 
 AnId: TypeAlias = Callable[..., ObjectId]
@@ -17,8 +19,8 @@ OpenLog: TypeAlias = Callable[..., ChangeLog]
 
 def a_change(object_id: ObjectId, *, new: bool = True, old: bool = True) -> Change:
     """Return a change nobody has recorded before."""
-    revisions: list[Revision | None] = [new_revision(object_id) if wanted else None for wanted in (new, old)]
-    return Change(uuid7(), object_id, *revisions)
+    new_one, old_one = (new_revision(object_id) if wanted else None for wanted in (new, old))
+    return Change(uuid7(), object_id, new_one, old_one)
 
 
 def ids(changes: Any) -> list[UUID]:
@@ -57,12 +59,44 @@ class TestEntries:
         assert await log.count() == 1
 
     async def test_an_entry_of_its_own_is_never_recoverable(self, open_log: OpenLog, an_id: AnId) -> None:
-        """A change begun after construction is never collected, however often recovery runs."""
+        """A change begun after construction is never collected while it is worked on, however often recovery runs."""
         log = open_log(owner="me")
         assert list(await log.recoverable()) == []
         await log.record(a_change(an_id()))
 
         assert list(await log.recoverable()) == []
+        assert list(await log.recoverable()) == []
+
+    async def test_postponing_replaces_what_was_said(self, open_log: OpenLog, an_id: AnId, clock: Any) -> None:
+        """The entry names only what is kept and from when it may go; a late repetition of the first changes nothing."""
+        log = open_log()
+        change = a_change(an_id())
+        await log.record(change)
+        kept = replace(change, new=None, not_before=clock() + timedelta(seconds=60))
+        await log.record(kept)
+        await log.record(change)
+        clock.advance(60)
+
+        assert list(await log.recoverable()) == [kept]
+        assert await log.count() == 1
+
+    async def test_a_postponed_entry_is_nobodys_before_its_time_and_anybodys_then(
+        self, open_log: OpenLog, an_id: AnId, clock: Any
+    ) -> None:
+        """LOG-4: to the microsecond; then its own instance may have it too, again and again until it is removed."""
+        log = open_log()
+        postponed = replace(a_change(an_id()), not_before=clock() + timedelta(seconds=3600, microseconds=1))
+        await log.record(postponed)
+        await log.record(a_change(an_id("being worked on")))
+
+        clock.advance(3600)
+        assert list(await log.recoverable()) == []
+        assert await log.count() == 1, "what waits for its time is no work"
+        clock.advance(0.000001)
+        assert list(await log.recoverable()) == [postponed]
+        assert list(await log.recoverable()) == [postponed]
+        assert await log.count() == 2
+        await log.remove(postponed.change_id)
         assert list(await log.recoverable()) == []
 
     async def test_owners_by_default_differ(self, open_log: OpenLog) -> None:
@@ -200,6 +234,51 @@ class TestRecovery:
         await ended.join()
 
         assert list(await open_durable_log(owner="other").recoverable()) == [change]
+
+    async def test_a_postponed_entry_outlives_its_owner_and_waits_all_the_same(
+        self, open_durable_log: OpenLog, an_id: AnId, clock: Any
+    ) -> None:
+        """LOG-2, LOG-4: neither a restart nor the end of a lease makes it come earlier, or later."""
+        postponed = replace(a_change(an_id()), not_before=clock() + timedelta(seconds=100))
+        dead = open_durable_log(owner="me", lease_seconds=30.0)
+        await dead.record(postponed)
+        await dead.close()
+        clock.advance(99)
+
+        assert list(await open_durable_log(owner="me").recoverable()) == []
+        assert list(await open_durable_log(owner="other").recoverable()) == []
+        clock.advance(1)
+        assert list(await open_durable_log(owner="third").recoverable()) == [postponed]
+
+    async def test_a_due_entry_goes_to_one_and_from_the_dead_to_the_next(
+        self, open_durable_log: OpenLog, an_id: AnId, clock: Any
+    ) -> None:
+        """LOG-14."""
+        recorder = open_durable_log(owner="recorder", lease_seconds=1e6)
+        postponed = replace(a_change(an_id()), not_before=clock())
+        await recorder.record(postponed)
+        claimer = open_durable_log(owner="claimer", lease_seconds=30.0)
+
+        assert list(await claimer.recoverable()) == [postponed]
+        assert list(await recorder.recoverable()) == []
+        assert list(await open_durable_log(owner="third").recoverable()) == []
+        clock.advance(30.1)
+        assert list(await open_durable_log(owner="fourth").recoverable()) == [postponed]
+
+    async def test_a_recovered_entry_can_be_postponed(
+        self, open_durable_log: OpenLog, an_id: AnId, clock: Any
+    ) -> None:
+        """It is not claimed any more: whoever recovers when it is due gets it."""
+        change = a_change(an_id())
+        await open_durable_log(owner="me").record(change)
+        restarted = open_durable_log(owner="me", lease_seconds=1e6)
+        assert list(await restarted.recoverable()) == [change]
+        postponed = replace(change, new=None, not_before=clock() + timedelta(seconds=60))
+        await restarted.record(postponed)
+
+        assert list(await restarted.recoverable()) == []
+        clock.advance(60)
+        assert list(await open_durable_log(owner="other").recoverable()) == [postponed]
 
     async def test_an_entry_survives_the_closing_of_everything(
         self, open_durable_log: OpenLog, an_id: AnId

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +16,14 @@ from consumer.metrics import Counts
 from consumer.operations import DEFAULT_METADATA
 from consumer.storage import change_log
 from consumer.storage.backend import Change, InlineObject, Revision, Tombstone
-from consumer.storage.change_log import ATTEMPTS_AT_ONCE, JOIN_ATTEMPTS, ChangeGuard, Changes, cleanup_delay
+from consumer.storage.change_log import (
+    ATTEMPTS_AT_ONCE,
+    JOIN_ATTEMPTS,
+    ChangeGuard,
+    ChangePhase,
+    Changes,
+    cleanup_delay,
+)
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
 from consumer.storage.revision import new_revision, uuid7
 from failures import (
@@ -35,6 +43,19 @@ from failures import (
 
 OBJECT = ObjectId(ObjectContext("usecase"), "key")
 OLD, NEW, OTHER = (new_revision(OBJECT) for _ in range(3))
+
+
+class Clock:
+    """A wall clock that moves when told to."""
+
+    def __init__(self) -> None:
+        self.time = datetime(2030, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.time
+
+    def advance(self, seconds: float) -> None:
+        self.time += timedelta(seconds=seconds)
 
 
 def at_once(_failed: int) -> float:
@@ -162,6 +183,112 @@ class TestWhichRevisionStays:
         changes._high_volume.repair()  # type: ignore[attr-defined]
         changes._long_term.repair()  # type: ignore[attr-defined]
         await changes.join()
+
+
+class TestRetention:
+    """What a row has pointed to may be read by somebody who was referred to it: it goes when its time is over."""
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    @pytest.fixture
+    def retaining(self, clock: Clock) -> Changes:
+        return Changes(
+            MemoryChangeLog(clock=clock),
+            MemoryBackend(),
+            MemoryBackend(),
+            counts=Counts(),
+            delay=at_once,
+            retention=timedelta(seconds=60),
+            clock=clock,
+        )
+
+    @pytest.mark.parametrize(
+        ("phase", "current", "at_once", "kept"),
+        [
+            (ChangePhase.UPDATED, NEW, set(), {OLD}),
+            (ChangePhase.LOST, OTHER, {NEW}, set()),
+            (ChangePhase.RECORDED, OLD, {NEW}, set()),
+            (ChangePhase.WRITTEN, NEW, set(), {OLD}),
+            (ChangePhase.WRITTEN, OLD, set(), {NEW}),
+            (ChangePhase.WRITTEN, OTHER, set(), {OLD, NEW}),
+            (ChangePhase.RECOVERED, None, set(), {OLD, NEW}),
+        ],
+    )
+    async def test_only_what_nobody_can_have_seen_goes_at_once(
+        self,
+        retaining: Changes,
+        clock: Clock,
+        phase: ChangePhase,
+        current: Revision | None,
+        at_once: set[Revision],
+        kept: set[Revision],
+    ) -> None:
+        long_term, log = cast("MemoryBackend", retaining._long_term), retaining.log
+        await upload(long_term, OLD, NEW, OTHER)
+        await point(cast("MemoryBackend", retaining._high_volume), current)
+
+        retaining.clean_up(change(), phase)
+        await retaining.join()
+
+        there = {OLD, NEW, OTHER} - at_once
+        assert revisions(long_term) == {revision.name for revision in there}
+        assert len(cast("MemoryChangeLog", log)._changes) == bool(kept)
+        assert await log.count() == 0, "what is only kept is no work"
+        clock.advance(59)
+        assert await retaining.recover() == 0
+        clock.advance(1)
+        assert await retaining.recover() == bool(kept)
+        assert revisions(long_term) == {revision.name for revision in there - kept}
+        assert await log.count() == 0
+        assert retaining._counts is not None
+        assert retaining._counts.orphans_removed == len(at_once), "what was kept for readers is no orphan"
+
+    async def test_what_replaces_a_kept_one_and_is_replaced_is_kept_for_its_own_time(
+        self, retaining: Changes, clock: Clock
+    ) -> None:
+        """The entry of the first change names nothing but what that one has replaced."""
+        long_term, high_volume = cast("MemoryBackend", retaining._long_term), retaining._high_volume
+        await upload(long_term, OLD, NEW, OTHER)
+        await point(cast("MemoryBackend", high_volume), OTHER)
+        retaining.clean_up(change(NEW, OLD), ChangePhase.UPDATED)
+        await retaining.join()
+        clock.advance(59)
+        retaining.clean_up(change(OTHER, NEW), ChangePhase.UPDATED)
+        await retaining.join()
+
+        clock.advance(1)
+        await retaining.recover()
+        assert revisions(long_term) == {NEW.name, OTHER.name}
+        clock.advance(59)
+        await retaining.recover()
+        assert revisions(long_term) == {OTHER.name}
+
+    async def test_keeping_costs_no_task(self, retaining: Changes) -> None:
+        """However many there are, they wait in the log."""
+        await upload(cast("MemoryBackend", retaining._long_term), OLD)
+        for _ in range(100):
+            retaining.clean_up(change(None, OLD), ChangePhase.UPDATED)
+        await retaining.join()
+
+        assert retaining.pending == 0
+        assert len(cast("MemoryChangeLog", retaining.log)._changes) == 100
+
+    async def test_an_entry_that_cannot_be_recorded_again_is_tried_again(self, clock: Clock) -> None:
+        """LOG-9: until then it stands as it was, so that a crash loses nothing."""
+        log = LostRecordAnswer(3)
+        changes = Changes(
+            log, MemoryBackend(), MemoryBackend(), delay=at_once, retention=timedelta(seconds=60), clock=clock
+        )
+        await upload(cast("MemoryBackend", changes._long_term), OLD)
+
+        changes.clean_up(change(None, OLD), ChangePhase.UPDATED)
+        await changes.join()
+
+        assert log.failures == 3
+        (entry,) = log._changes.values()
+        assert (entry.new, entry.old, entry.not_before) == (None, OLD, clock() + timedelta(seconds=60))
 
 
 class TestALateSwap:

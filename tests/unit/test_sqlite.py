@@ -21,9 +21,11 @@ from consumer.errors import BackendError, BackendUnavailable, ConfigError, TooLa
 from consumer.ids import ObjectContext, ObjectId
 from consumer.operations import Metadata, StoredObject
 from consumer.storage import sqlite
-from consumer.storage.backend import InlineObject
+from consumer.storage.backend import Change, InlineObject, Revision
 from consumer.storage.host import boot_id
-from consumer.storage.sqlite import SCHEMA_VERSION, SqliteBackend
+from consumer.storage.metadata import encode_metadata
+from consumer.storage.revision import uuid7
+from consumer.storage.sqlite import APPLICATION_ID, SCHEMA_VERSION, SCHEMAS, SqliteBackend
 from consumer.storage.sqlite_change_log import SqliteChangeLog
 
 
@@ -450,6 +452,38 @@ class TestFile:
         with pytest.raises(ConfigError, match="newer version"):
             await older.put_non_tombstone(an_id(), Metadata(), b"y")
         await older.close()
+
+    async def test_a_file_of_the_first_version_is_brought_up_to_date(self, file: Path) -> None:
+        """Contract 11: newer versions read older files; objects and unfinished changes are still there."""
+        await asyncio.to_thread(file.parent.mkdir, parents=True, exist_ok=True)
+
+        def write_first_version() -> None:
+            with closing(sqlite3.connect(file)) as connection:
+                connection.executescript(SCHEMAS[1])
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute("PRAGMA user_version = 1")
+                connection.execute(
+                    "INSERT INTO objects (path, metadata, payload) VALUES (?, ?, ?)",
+                    (an_id().storage_path, encode_metadata(Metadata(size=1)), b"x"),
+                )
+                connection.execute(
+                    "INSERT INTO change_log_entries (change_id, owner, incarnation, object_path, old_revision)"
+                    " VALUES (?, 'me', 'dead', ?, 'name')",
+                    (str(change_id), an_id().storage_path),
+                )
+                connection.commit()
+
+        change_id = uuid7()
+        await asyncio.to_thread(write_first_version)
+        backend, log = SqliteBackend(file), SqliteChangeLog(file, "me")
+
+        assert await backend.get_tiered(an_id()) == StoredObject(Metadata(size=1), b"x")
+        assert list(await log.recoverable()) == [Change(change_id, an_id(), None, Revision("name"))]
+        postponed = Change(uuid7(), an_id(), None, None, datetime(2030, 1, 1, tzinfo=UTC))
+        await log.record(postponed)
+        assert [found async for _, found in log.scan_changes()][-1] == postponed
+        await log.close()
+        await backend.close()
 
     async def test_another_programs_database_is_refused_untouched(self, file: Path) -> None:
         """A path mistyped must not become a table in somebody's data."""
