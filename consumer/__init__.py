@@ -91,6 +91,8 @@ Non-obvious
   processes of a unit, and whoever gets a second signal ends at once.
 * The counters of several processes keep what processes have counted that are gone, or do not answer: a sum that falls
   would be read as a restart at zero, and the whole rest of it as an increase.
+* A revision that a row has pointed to may be what a response refers to. So only what no row can have pointed to is
+  removed at once; the rest stays in the change log, as nobody's work, until its retention is over.
 * A compare-and-swap that "already is as wanted" answers true, so that a retry after a lost answer does not make its own
   success look like a conflict, and then remove its own revision.
 """

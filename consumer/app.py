@@ -45,7 +45,7 @@ from consumer.admin import AdminServer
 from consumer.assignment import Lane, Pipeline
 from consumer.avro_schemas import schema_text
 from consumer.budget import ByteBudget
-from consumer.codec import RESPONSE_PREFIX, OperationDecoder, registry_prefix
+from consumer.codec import RESPONSE_PREFIX, OperationDecoder, got_bytes_max, registry_prefix
 from consumer.commits import CommitPolicy
 from consumer.config import RESPONSE_OVERHEAD_BYTES, Config
 from consumer.errors import BackendError, BackendUnavailable, ConfigError
@@ -59,7 +59,7 @@ from consumer.kafka.transactions import Transactions
 from consumer.log import configure as configure_log
 from consumer.log import get_logger
 from consumer.metrics import Counts, DebugState, EventLoopLag, new_registry, register
-from consumer.operations import StoredObject
+from consumer.operations import Metadata, StoredObject
 from consumer.permits import ConcurrencyLimiter
 from consumer.poison import PoisonLimitReached, PoisonPolicy
 from consumer.references import References
@@ -99,26 +99,10 @@ def main(config: Config) -> int:
     """Run the service until a signal or a failure ends it; return the exit code.
 
     Raises:
-        ConfigError: ``runtime.loop`` asks for an event loop that is not installed, or a setting for what this version
-            cannot do.
+        ConfigError: ``runtime.loop`` asks for an event loop that is not installed.
     """
-    check_available(config)
     with asyncio.Runner(loop_factory=loop_factory(config)) as runner:
         return runner.run(run(config))
-
-
-def check_available(config: Config) -> None:
-    """Refuse what the contract describes and this version does not do yet, rather than do something else silently.
-
-    Raises:
-        ConfigError: the text names every such setting.
-    """
-    asked = {
-        "references.in_responses: always": config.references.in_responses == "always",
-    }
-    missing = [setting for setting, wanted in asked.items() if wanted]
-    if missing:
-        raise ConfigError("\n".join(f"{setting} is not available in this version" for setting in missing))
 
 
 def loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -146,19 +130,26 @@ async def run(config: Config) -> int:
 
 
 class _Limited:
-    """The storage as the service sees it: a read that no response could carry ends before its payload is loaded."""
+    """The storage as the service sees it: a payload that no response could carry is not loaded.
 
-    def __init__(self, storage: TieredStorage, payload_limit: int) -> None:
+    Where references are given, anything that might not fit is given by one. Else the encoder has the last word on what
+    is close to the limit, since it alone knows exactly.
+    """
+
+    def __init__(self, storage: TieredStorage, response_bytes_max: int, *, by_reference: bool) -> None:
+        def fits(metadata: Metadata) -> bool:
+            return (got_bytes_max(metadata) if by_reference else metadata.size or 0) <= response_bytes_max
+
         self._storage = storage
-        self._payload_limit = payload_limit
+        self._fits = fits
         self.put = storage.put
         self.head = storage.head
         self.delete = storage.delete
         self.join = storage.join
 
     async def get(self, object_id: ObjectId) -> StoredObject | None:
-        """Read an object, if it fits a response."""
-        return await self._storage.get(object_id, payload_limit=self._payload_limit)
+        """Read an object, its payload as it can be given in a response."""
+        return await self._storage.get(object_id, fits=self._fits)
 
 
 class App:
@@ -259,13 +250,21 @@ class App:
             ConfigError, BackendError: one of them may not be used, or not by this version.
         """
         storage = self._config.storage
-        high_volume, long_term = make_high_volume(storage.high_volume), make_long_term(storage.long_term)
+        high_volume = make_high_volume(storage.high_volume)
+        long_term = make_long_term(storage.long_term, self._config.references.base_uri)
         change_log = make_change_log(storage.change_log)
         try:
             await open_parts(high_volume, long_term, change_log)
         except BackendUnavailable as error:
             log.warning("storage is not available yet", error=str(error))
-        return TieredStorage(high_volume, long_term, change_log, storage.threshold, observer=self._counts)
+        return TieredStorage(
+            high_volume,
+            long_term,
+            change_log,
+            storage.threshold,
+            handout_seconds=self._config.handout_seconds,
+            observer=self._counts,
+        )
 
     async def _start(self) -> None:
         config = self._config
@@ -320,8 +319,9 @@ class App:
     def _pipeline(self, plan: TopicPlan, publisher: Publisher, response_prefix: bytes) -> Pipeline:
         config = self._config
         assert self._storage is not None
+        response_bytes_max = _at_most(config.limits.response_bytes, plan.output_bytes_max, RESPONSE_OVERHEAD_BYTES)
         service = StorageService(
-            _Limited(self._storage, config.limits.response_bytes),
+            _Limited(self._storage, response_bytes_max, by_reference=config.handout_seconds is not None),
             self._limiter,
             references=References(config.references.allowed_prefixes, config.limits.object_bytes),
             retry=RetryPolicy(
@@ -363,7 +363,7 @@ class App:
             fraction=config.window.fraction,
             copy_headers=frozenset(config.output.copy_headers),
             response_prefix=response_prefix,
-            response_bytes_max=_at_most(config.limits.response_bytes, plan.output_bytes_max, RESPONSE_OVERHEAD_BYTES),
+            response_bytes_max=response_bytes_max,
             dead_letter_bytes_max=plan.dead_letter_bytes_max or config.limits.record_bytes + RESPONSE_OVERHEAD_BYTES,
             read_bytes=config.storage.threshold,
             derive_keys=config.storage.key_generation == "derived",

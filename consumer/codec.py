@@ -76,6 +76,10 @@ Headers: TypeAlias = Sequence[tuple[str, bytes | None]]
 
 REQUEST_ID_BYTES_MAX = 1024
 """Longest request id in bytes of UTF-8 (contract 2.1)."""
+ENVELOPE_BYTES_MAX = 3072
+"""What a response to a get may have beside metadata and payload: request id (1,024), context and key (900 as a storage
+path, and their length prefixes), topic (249), frame and numbers come to about 2,420."""
+
 FAILURE_MESSAGE_MAX = 1000
 """Longest ``Failure.message`` in characters: an exception's text can be as long as what it complains about."""
 _REQUEST_ID_SHORT = REQUEST_ID_BYTES_MAX // 4
@@ -755,6 +759,14 @@ def _payload_parts(payload: bytes | PayloadReference) -> tuple[bytes, bytes]:
         reference = _string(payload.uri) + _optional_number(payload.size) + _optional_number(payload.crc32c)
         return b"\x02", reference
     return b"\x00" + _number(len(payload)), payload
+
+
+def got_bytes_max(metadata: Metadata) -> int:
+    """Return the most a response to a get may have, payload included, where the metadata is *metadata* (pure).
+
+    Exact for the metadata; :data:`ENVELOPE_BYTES_MAX` for everything else.
+    """
+    return ENVELOPE_BYTES_MAX + len(_metadata_bytes(metadata)) + (metadata.size or 0)
 
 
 _DEFAULT_CONTENT_TYPE = _string(CONTENT_TYPE_DEFAULT)

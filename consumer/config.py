@@ -505,7 +505,7 @@ class References(_Section):
     in_responses: Literal["auto", "always", "never"] = "auto"
     """Whether payloads that do not fit a response are given by reference; auto: with gcs yes, else no."""
     base_uri: NonEmpty | None = None
-    """What replaces the file:// root in references of responses."""
+    """What references in responses begin with in place of file:// and the path of storage.long_term.path."""
     retention: Duration = 3600.0
     """How long a replaced or deleted long-term revision stays readable by references given out before."""
 
@@ -719,6 +719,14 @@ class Config(_Section):
     _warnings: tuple[str, ...] = PrivateAttr(default=())
 
     @property
+    def handout_seconds(self) -> float | None:
+        """How long what a response has referred to stays readable; None where no response refers to anything."""
+        wanted = self.references.in_responses
+        if wanted == "never" or (wanted == "auto" and self.storage.long_term.type != "gcs"):
+            return None
+        return self.references.retention
+
+    @property
     def origins(self) -> Mapping[str, str]:
         """Where each value that is no default comes from, by dotted name: ``FILE:LINE``, a variable, a file, a flag."""
         return self._origins
@@ -914,6 +922,17 @@ def _combinations(config: Config) -> Contradictions:
                 (f"{name}.framing", "schema_registry.url"),
                 f"{name}.framing confluent needs schema_registry.url",
             )
+    if config.references.in_responses == "always" and config.storage.long_term.type == "memory":
+        yield Contradiction(
+            ("references.in_responses", "storage.long_term.type"),
+            "references.in_responses always needs storage.long_term.type filesystem or gcs: nobody else reads memory",
+        )
+    if config.handout_seconds == 0:
+        yield Contradiction(
+            ("references.retention", "references.in_responses"),
+            "references.retention must be above 0 where references.in_responses gives references: they would lead to "
+            "nothing",
+        )
     if config.runtime.processes > 1:
         for part in ("high_volume", "long_term", "change_log"):
             if getattr(config.storage, part).type == "memory":

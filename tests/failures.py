@@ -10,10 +10,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from uuid import UUID
 
+import google_crc32c
+
 from consumer.errors import BackendUnavailable
 from consumer.ids import ObjectId
-from consumer.operations import Metadata, StoredObject
+from consumer.operations import Metadata, PayloadReference, StoredObject
 from consumer.storage.backend import Change, Payload, Revision, TieredHead, TieredRead, TieredWrite, Tombstone
+from consumer.storage.handouts import is_copy
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
 
 
@@ -282,6 +285,28 @@ class InheritedChanges(Failing, MemoryChangeLog):
         return [change for change_id, change in self.inherited.items() if change_id in self._changes]
 
 
+# ------------------------------------------------------------------------------------------------ one that can more
+
+
+class Referenced(MemoryBackend):
+    """A long-term tier that others can read; a reference's URI is ``memory:`` and the revision's name."""
+
+    async def reference(self, revision: Revision) -> PayloadReference | None:
+        found = await self.get(revision)
+        if found is None:
+            return None
+        assert isinstance(found.payload, bytes)
+        return PayloadReference(f"memory:{revision.name}", len(found.payload), google_crc32c.value(found.payload))
+
+    def read(self, reference: PayloadReference | bytes) -> bytes:
+        """Return what lies where a reference points; fail where nothing does, or not what it says."""
+        assert isinstance(reference, PayloadReference)
+        payload = self._revisions[reference.uri.removeprefix("memory:")].payload
+        assert isinstance(payload, bytes)
+        assert (len(payload), google_crc32c.value(payload)) == (reference.size, reference.crc32c)
+        return payload
+
+
 # ------------------------------------------------------------------------------------------------- what must hold
 
 
@@ -291,8 +316,8 @@ def tombstones(high_volume: MemoryBackend) -> set[str]:
 
 
 def revisions(long_term: MemoryBackend) -> set[str]:
-    """Return the names of the revisions there are."""
-    return set(long_term._revisions)
+    """Return the names of the revisions there are; copies made for responses are none."""
+    return {name for name in long_term._revisions if not is_copy(name)}
 
 
 async def assert_nothing_left_over(

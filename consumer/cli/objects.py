@@ -24,7 +24,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
 
@@ -387,7 +387,7 @@ async def _remove(config: Config, wanted: ObjectId) -> None:
     log = make_change_log(config.storage.change_log.model_copy(update={"owner": None}))
     try:
         async with _tiers(config) as (high_volume, long_term):
-            storage = TieredStorage(high_volume, long_term, log)
+            storage = TieredStorage(high_volume, long_term, log, handout_seconds=config.handout_seconds)
             try:
                 await _answer(storage.delete(wanted))
             finally:
@@ -412,7 +412,7 @@ class Report:
     dangling: list[str] = field(default_factory=list)
     """Storage paths of rows that point to no revision."""
     foreign: list[str] = field(default_factory=list)
-    """Names in the long-term tier that are no revisions: left alone."""
+    """Names in the long-term tier that are no revisions, nor copies made for responses: left alone."""
     repaired: int = 0
 
     @property
@@ -561,6 +561,7 @@ class StorageCheck:
 
     async def _suspect_revisions(self) -> AsyncIterator[tuple[ObjectId, Revision]]:
         from consumer.errors import InvalidOperation
+        from consumer.storage.handouts import is_copy
         from consumer.storage.revision import parse_revision
 
         youngest = (datetime.now(UTC).timestamp() - self._min_age_seconds) * 1000
@@ -569,7 +570,8 @@ class StorageCheck:
             try:
                 whose, unique = parse_revision(revision.name)
             except InvalidOperation:
-                self._report.foreign.append(revision.name)
+                if not is_copy(revision.name):
+                    self._report.foreign.append(revision.name)
                 continue
             self._report.revisions += 1
             if unique.int >> 80 <= youngest:
@@ -698,7 +700,9 @@ async def _recover(config: Config, owner: str | None) -> tuple[int, int]:
     log = make_change_log(config.storage.change_log.model_copy(update={"owner": owner}))
     try:
         async with _tiers(config) as (high_volume, long_term):
-            changes = Changes(log, high_volume, long_term)
+            kept = config.handout_seconds
+            retention = None if kept is None else timedelta(seconds=kept)
+            changes = Changes(log, high_volume, long_term, retention=retention)
             try:
                 met = await changes.recover()
             finally:

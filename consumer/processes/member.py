@@ -24,7 +24,7 @@ from typing import Any
 import orjson
 
 from consumer import log
-from consumer.app import App, check_available, loop_factory
+from consumer.app import App, loop_factory
 from consumer.config import Config
 from consumer.errors import ConfigError
 from consumer.exits import FAILURE, USAGE
@@ -42,7 +42,6 @@ def main(number: int, line: socket.socket) -> int:
         return FAILURE  # the supervisor is gone
     log.configure(config.log.level, config.log.format, bound={"process": number})
     try:
-        check_available(config)
         with asyncio.Runner(loop_factory=loop_factory(config)) as runner:
             return runner.run(run(config, line))
     except ConfigError as error:

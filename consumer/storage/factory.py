@@ -58,8 +58,12 @@ def make_high_volume(settings: TierSettings) -> HighVolumeBackend:
             raise ConfigError(f"storage.high_volume.type is memory, sqlite or bigtable, not {unknown}")
 
 
-def make_long_term(settings: TierSettings) -> LongTermBackend:
+def make_long_term(settings: TierSettings, base_uri: str | None = None) -> LongTermBackend:
     """Make the long-term tier: ``memory``, ``filesystem`` (``path``) or ``gcs``.
+
+    Args:
+        settings: Its section.
+        base_uri: ``references.base_uri``: what takes the place of a folder's ``file:`` URI.
 
     Raises:
         ConfigError: the type is unknown or not installed.
@@ -68,7 +72,7 @@ def make_long_term(settings: TierSettings) -> LongTermBackend:
         case "memory":
             return MemoryBackend(latency=getattr(settings, "latency", 0.0))
         case "filesystem":
-            return FilesystemBackend(_path(settings))
+            return FilesystemBackend(_path(settings), base_uri=base_uri)
         case "gcs":
             return cast("LongTermBackend", _extra("gcs", "GcsBackend").from_settings(settings))
         case unknown:

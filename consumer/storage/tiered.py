@@ -45,6 +45,9 @@ step on the row makes every change real.
 3. Idle expiry due for an extension: extend the revision, then the row, if it is still as read. Error: ignored, the
    object has been read.
 
+A get whose caller cannot take the payload (``fits``) does not load the revision: it refers to it, or to a copy of the
+inline object (:mod:`consumer.storage.handouts`). Without handouts it is ``response_too_large``.
+
 **Delete**
 
 1. Delete unless there is a tombstone.
@@ -84,6 +87,7 @@ from consumer.storage.backend import (
     Tombstone,
 )
 from consumer.storage.change_log import Changes
+from consumer.storage.handouts import Handouts
 from consumer.storage.memory import MemoryChangeLog
 from consumer.storage.metadata import expired, now_utc
 from consumer.storage.revision import new_revision, uuid7
@@ -119,8 +123,13 @@ class TieredStorage:
         long_term: Payloads of large objects.
         change_log: Durable list of unfinished changes; None keeps it in memory, and a crash leaves orphans.
         threshold: Largest inline object in bytes.
+        handout_seconds: Payloads that do not fit are given by reference, and what was referred to stays readable for so
+            long although it is replaced or deleted; None gives no references, and keeps nothing.
         clock: The wall clock, UTC.
         observer: Counts requests, bytes and conflicts; None costs nothing.
+
+    Raises:
+        ConfigError: references are wanted to a long-term tier that nobody else can read.
 
     Raises (all operations): ``BackendUnavailable`` for a passing fault, ``BackendError`` for a permanent one; the
     effect is as the module's algorithm says. Cancellation: likewise.
@@ -133,6 +142,7 @@ class TieredStorage:
         change_log: ChangeLog | None = None,
         threshold: int = THRESHOLD,
         *,
+        handout_seconds: float | None = None,
         clock: Callable[[], datetime] = now_utc,
         observer: Counts | None = None,
     ) -> None:
@@ -148,7 +158,11 @@ class TieredStorage:
         self._long_term = long_term
         self._clock = clock
         self._observer = observer
-        self.changes = Changes(change_log, high_volume, long_term, counts=observer)
+        retention = None if handout_seconds is None else timedelta(seconds=handout_seconds)
+        self._handouts = None if retention is None else Handouts(long_term, retention, clock=clock)
+        self.changes = Changes(
+            change_log, high_volume, long_term, counts=observer, retention=retention, clock=clock
+        )
         """Clean-ups and recovery."""
         try:
             asyncio.get_running_loop()
@@ -192,15 +206,18 @@ class TieredStorage:
             return stamped
         return await self._put_large(object_id, stamped, payload)
 
-    async def get(self, object_id: ObjectId, *, payload_limit: int | None = None) -> StoredObject | None:
+    async def get(
+        self, object_id: ObjectId, *, fits: Callable[[Metadata], bool] | None = None
+    ) -> StoredObject | None:
         """Read an object, whole; None where there is none.
 
         Args:
             object_id: Where.
-            payload_limit: Most bytes the caller can take; a larger long-term payload is not even read.
+            fits: Tells from the metadata whether the caller can take the payload; None takes any. One that does not fit
+                is given by reference; in the long-term tier it is not even read.
 
         Raises:
-            TooLarge: the payload is larger than *payload_limit* (``response_too_large``).
+            TooLarge: the payload does not fit, and no references are given (``response_too_large``).
         """
         if not self.changes.started:
             self.changes.start()
@@ -209,20 +226,25 @@ class TieredStorage:
             row = await self._high_volume.get_tiered(object_id)
             if row is None:
                 return None
+            handouts = None if fits is None or fits(row.metadata) else self._handouts_for(row)
             if not isinstance(row, Tombstone):
-                _check_limit(row, payload_limit)
                 if self._observer is not None:
                     self._observer.storage_bytes["high_volume", "read"] += row.metadata.size or 0
-                if row.metadata.expiration is None:
+                if row.metadata.expiration is None and handouts is None:
                     return row
-                return StoredObject(await self._touch(object_id, row.metadata), row.payload)
+                payload = row.payload if handouts is None else await handouts.to_inline(object_id, row)
+                return StoredObject(await self._touch(object_id, row.metadata), payload)
             if row.target == chased:
                 return None
-            _check_limit(row, payload_limit)
             chased = row.target
-            revision = await self._long_term.get(chased)
-            if revision is not None:
-                return StoredObject(await self._touch(object_id, row.metadata, chased), self._whole(row, revision))
+            found: bytes | PayloadReference | None
+            if handouts is not None:
+                found = await handouts.to_revision(chased)
+            else:
+                revision = await self._long_term.get(chased)
+                found = None if revision is None else self._whole(row, revision)
+            if found is not None:
+                return StoredObject(await self._touch(object_id, row.metadata, chased), found)
         raise BackendUnavailable("the object is replaced faster than it can be read")
 
     async def head(self, object_id: ObjectId) -> Metadata | None:
@@ -332,6 +354,11 @@ class TieredStorage:
             log.debug("idle expiry not extended", error=f"{type(error).__name__}: {error}")
         return seen
 
+    def _handouts_for(self, row: StoredObject | Tombstone) -> Handouts:
+        if self._handouts is None:
+            raise TooLarge(f"the object has {row.metadata.size} bytes, which do not fit", code="response_too_large")
+        return self._handouts
+
     def _whole(self, row: Tombstone, revision: StoredObject) -> bytes | PayloadReference:
         payload = revision.payload
         if isinstance(payload, bytes):
@@ -340,11 +367,6 @@ class TieredStorage:
             if self._observer is not None:
                 self._observer.storage_bytes["long_term", "read"] += len(payload)
         return payload
-
-
-def _check_limit(row: StoredObject | Tombstone, limit: int | None) -> None:
-    if limit is not None and row.metadata.size is not None and row.metadata.size > limit:
-        raise TooLarge(f"the object has {row.metadata.size} bytes, at most {limit} fit", code="response_too_large")
 
 
 async def _read_ahead(payload: Payload, threshold: int) -> Payload:

@@ -35,7 +35,6 @@ STATEMENTS = {
 NOT_HERE = {
     "HV-3": "no backend has a plain read that could meet a tombstone: both reads return it as a value",
     "LIM-12": "nothing emits counts every second: they are plain integers, read when metrics are scraped",
-    "LOG-4": "no entry has an earliest time: that is for multipart uploads (TIER-19); who gets which is LOG-14",
     "LOG-7": "phases are inner state, without `assembling`; what each leaves behind is LOG-8",
     "LOG-11": "the phase `assembling` belongs to multipart uploads (TIER-19)",
     "MD-6": "an expiry cannot be missing: storage computes it from the policy at every write (MD-5)",

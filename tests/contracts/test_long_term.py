@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
 
+import google_crc32c
 import pytest
 
 from consumer.ids import ObjectId
@@ -280,6 +282,45 @@ class TestExpiry:
             await asyncio.gather(long_term.extend(revision, FULL), long_term.delete(revision))
 
             assert await long_term.head(revision) is None
+
+
+class TestReferences:
+    """What a response may refer to; a tier that nobody else can read has no such method."""
+
+    @pytest.mark.parametrize("key", ["a-key", "ключ/../% ?#", "x" * 700])
+    @pytest.mark.parametrize("payload", [b"", bytes(range(256)) * 5_000], ids=["empty", "1 MB"])
+    async def test_a_reference_says_where_the_bytes_lie_with_size_and_checksum(
+        self, referenced: Any, an_id: AnId, key: str, payload: bytes
+    ) -> None:
+        """Contract 2.1, 5: size and crc32c filled; a URI that has no characters to be guessed at."""
+        revision = new_revision(an_id(key))
+        await referenced.put(revision, FULL, payload)
+
+        reference = await referenced.reference(revision)
+
+        assert reference is not None
+        assert (reference.size, reference.crc32c) == (len(payload), google_crc32c.value(payload))
+        assert re.fullmatch(r"(file:///|gs://[a-z0-9._-]+/)[A-Za-z0-9/%._~!$&'()*+,;=:@-]+", reference.uri)
+
+    async def test_revisions_have_references_of_their_own(
+        self, referenced: Any, an_id: AnId
+    ) -> None:
+        revisions = [new_revision(an_id()), new_revision(an_id()), Revision("responses/" + new_revision(an_id()).name)]
+        for revision in revisions:
+            await referenced.put(revision, Metadata(), b"x")
+
+        assert len({await referenced.reference(revision) for revision in revisions} - {None}) == 3
+
+    async def test_what_is_not_there_has_none(
+        self, referenced: Any, an_id: AnId, clock: Any
+    ) -> None:
+        missing, deleted, expired = (new_revision(an_id()) for _ in range(3))
+        await referenced.put(deleted, Metadata(), b"x")
+        await referenced.delete(deleted)
+        await referenced.put(expired, Metadata(time_expires=clock() + timedelta(seconds=1)), b"x")
+        clock.advance(1)
+
+        assert [await referenced.reference(name) for name in (missing, deleted, expired)] == [None] * 3
 
 
 class TestEnd:

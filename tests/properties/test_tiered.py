@@ -3,12 +3,16 @@
 A state machine applies random batches of concurrent operations over backends that suspend, fail before or after their
 effect, or carry out a swap only after its caller has been told that it failed. Now and then the process dies, or all is
 allowed to settle. Each payload is unique and uniform, so that a torn or mixed one shows.
+
+A second machine reads by reference: every one that was handed out leads to its payload until the retention is over,
+whatever befalls the object and the process; and then nothing is left over either.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any, TypeAlias, cast
 from uuid import UUID
@@ -16,15 +20,15 @@ from uuid import UUID
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from consumer.errors import TierstreamError
 from consumer.ids import ObjectContext, ObjectId
-from consumer.operations import DEFAULT_METADATA
+from consumer.operations import DEFAULT_METADATA, PayloadReference, StoredObject
 from consumer.storage.backend import Change, Tombstone
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
 from consumer.storage.tiered import TieredStorage
-from failures import Away, assert_nothing_left_over
+from failures import Away, Referenced, assert_nothing_left_over
 
 THRESHOLD = 8
 CONTEXT = ObjectContext("machine")
@@ -96,26 +100,44 @@ class Unreliable:
         return call
 
 
+class Clock:
+    """A wall clock that moves when told to."""
+
+    def __init__(self) -> None:
+        self.time = datetime(2030, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.time
+
+    def advance(self, seconds: float) -> None:
+        """Move on."""
+        self.time += timedelta(seconds=seconds)
+
+
 class DurableLog(MemoryChangeLog):
     """A change log whose entries outlive the process; a new instance recovers what was there before it."""
 
-    def __init__(self, entries: dict[UUID, Change]) -> None:
-        super().__init__("owner")
+    def __init__(self, entries: dict[UUID, Change], clock: Clock) -> None:
+        super().__init__("owner", clock=clock)
         self._changes = entries
         self._earlier = set(entries)
 
     async def recoverable(self) -> list[Change]:
-        return [change for change_id, change in self._changes.items() if change_id in self._earlier]
+        earlier = [change for change_id, change in self._changes.items() if change_id in self._earlier]
+        return [*await super().recoverable(), *(change for change in earlier if change.not_before is None)]
 
 
 class Machine(RuleBasedStateMachine):
     """A storage, and for each key the set of what it may hold."""
 
+    retention: float | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
         self.weather = Weather()
-        self.high_volume, self.long_term = MemoryBackend(), MemoryBackend()
+        self.clock = Clock()
+        self.high_volume, self.long_term = MemoryBackend(clock=self.clock), Referenced(clock=self.clock)
         self.entries: dict[UUID, Change] = {}
         self.possible: dict[str, set[Value]] = {"a": {None}, "b": {None}}
         self.payloads = 0
@@ -123,7 +145,7 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         """Make a storage over what there is; recovery begins in the background."""
-        self.log = DurableLog(self.entries)
+        self.log = DurableLog(self.entries, self.clock)
 
         async def make() -> TieredStorage:
             storage = TieredStorage(
@@ -131,6 +153,8 @@ class Machine(RuleBasedStateMachine):
                 cast("Any", Unreliable(self.long_term, self.weather)),
                 cast("Any", Unreliable(self.log, self.weather)),
                 THRESHOLD,
+                handout_seconds=self.retention,
+                clock=self.clock,
             )
             storage.changes._delay = lambda _failed: 0.0
             return storage
@@ -163,6 +187,7 @@ class Machine(RuleBasedStateMachine):
         self, operations: list[tuple[str, str, int, bool]], cancelled_after: int | None, *, dies: bool
     ) -> None:
         attempts: list[tuple[str, str, Value, asyncio.Task[Any]]] = []
+        task: asyncio.Task[Any]
         for kind, key, size, streamed in operations:
             object_id = ObjectId(CONTEXT, key)
             value: Value = None
@@ -171,6 +196,8 @@ class Machine(RuleBasedStateMachine):
                 value = bytes([self.payloads % 256]) * size
                 payload = _streamed(value) if streamed else value
                 task = asyncio.create_task(self.storage.put(object_id, DEFAULT_METADATA, payload))
+            elif kind == "get":
+                task = asyncio.create_task(self._get(object_id))
             else:
                 task = asyncio.create_task(getattr(self.storage, kind)(object_id))
             attempts.append((kind, key, value, task))
@@ -183,6 +210,9 @@ class Machine(RuleBasedStateMachine):
         if dies:
             await _kill(self.storage)
         self._learn([(kind, key, value) for kind, key, value, _ in attempts], outcomes)
+
+    async def _get(self, object_id: ObjectId) -> StoredObject | None:
+        return await self.storage.get(object_id)
 
     def _learn(self, operations: list[tuple[str, str, Value]], outcomes: list[Any]) -> None:
         for outcome in outcomes:
@@ -230,6 +260,7 @@ class Machine(RuleBasedStateMachine):
 
     async def _settle(self) -> None:
         await self.storage.join()
+        await self._wait_for_readers()
         await assert_nothing_left_over(self.high_volume, self.long_term, self.log)
         for key, possible in self.possible.items():
             found = await self.storage.get(ObjectId(CONTEXT, key))
@@ -237,6 +268,9 @@ class Machine(RuleBasedStateMachine):
             assert payload in possible
             assert payload is None or isinstance(payload, bytes)
             self.possible[key] = {payload}
+
+    async def _wait_for_readers(self) -> None:
+        """Let the time pass for which something is kept."""
 
     def teardown(self) -> None:
         """Settle at last, late swaps included: those are refused now."""
@@ -252,7 +286,7 @@ async def _streamed(payload: bytes) -> Any:
         yield payload[at : at + 5]
 
 
-async def _awaited(step: Awaitable[bool]) -> bool:
+async def _awaited(step: Awaitable[Any]) -> Any:
     return await step
 
 
@@ -263,5 +297,47 @@ async def _kill(storage: TieredStorage) -> None:
     await asyncio.gather(*storage.changes._tasks, return_exceptions=True)
 
 
+class ReferringMachine(Machine):
+    """The same, read by callers who can take no payload."""
+
+    retention = 100.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.promised: list[tuple[PayloadReference, bytes, datetime]] = []
+        """What was handed out, what it led to, and until when it has to."""
+
+    async def _get(self, object_id: ObjectId) -> StoredObject | None:
+        found = await self.storage.get(object_id, fits=lambda _metadata: False)
+        if found is None:
+            return None
+        assert isinstance(found.payload, PayloadReference)
+        payload = self.long_term.read(found.payload)
+        self.promised.append((found.payload, payload, self.clock() + timedelta(seconds=100)))
+        return StoredObject(found.metadata, payload)
+
+    @rule(seconds=st.floats(0, 150))
+    def wait(self, seconds: float) -> None:
+        """Let time pass, and recovery with it."""
+        self.clock.advance(seconds)
+        self.runner.run(_awaited(self.storage.recover()))
+
+    @invariant()
+    def promises_are_kept(self) -> None:
+        """Whoever was referred to something finds it."""
+        self.promised = [promise for promise in self.promised if promise[2] > self.clock()]
+        for reference, payload, _ in self.promised:
+            assert self.long_term.read(reference) == payload
+
+    async def _wait_for_readers(self) -> None:
+        self.promises_are_kept()
+        self.clock.advance(100)
+        await self.storage.recover()
+        await self.storage.join()
+
+
 TestTieredStorage = pytest.mark.slow(Machine.TestCase)
 TestTieredStorage.settings = settings(max_examples=150, stateful_step_count=25)
+
+TestReferringStorage = pytest.mark.slow(ReferringMachine.TestCase)
+TestReferringStorage.settings = settings(max_examples=150, stateful_step_count=25)

@@ -28,6 +28,7 @@ from consumer.codec import (
     decode_response,
     encode_operation,
     failure_message,
+    got_bytes_max,
     operation_fields,
 )
 from consumer.errors import (
@@ -1060,6 +1061,29 @@ class TestResponses:
             offset,
             completed_at,
         )
+
+
+    @pytest.mark.parametrize(
+        ("context", "key"),
+        [
+            (ObjectContext("u"), "k" * 890),
+            (ObjectContext("u" * 128, [Scope("n" * 5, "v" * 10)] * 32), "k" * 200),
+            (ObjectContext("u", [Scope("n" * 256, "v" * 256)]), "k"),
+        ],
+    )
+    @pytest.mark.parametrize("metadata", [Metadata(size=300), replace(STORED, size=300, filename="n" * 10_000)])
+    def test_no_response_to_a_get_is_larger_than_was_foreseen(
+        self, context: ObjectContext, key: str, metadata: Metadata
+    ) -> None:
+        """With everything else at its limit: what is judged to fit fits, and only what is close to that is not."""
+        ObjectId(context, key)
+        decoded = Decoded(Get(context, key), None, request_id="r" * 1024, context=context, kind="get", key=key)
+        encoder = ResponseEncoder("t" * 249, 2**31 - 1, prefix=bytes(17))
+        got = Got(key, StoredObject(metadata, bytes(300)))
+
+        _, value = encoder.encode(2**63 - 1, decoded, got, 2**63 - 1)
+
+        assert got_bytes_max(metadata) - 3072 < len(value) <= got_bytes_max(metadata)
 
 
 def replace_context_bytes(decoded: Decoded) -> Decoded:

@@ -480,6 +480,25 @@ window: {fraction: 1.5}
         assert not load(None, {"TIERSTREAM_KAFKA__SECURITY_PROTOCOL": "SSL"}).warnings
 
 
+@pytest.mark.parametrize(
+    ("in_responses", "long_term", "seconds"),
+    [
+        ("auto", "{type: gcs, bucket: b}", 1800),
+        ("auto", "{type: filesystem}", None),
+        ("auto", "{type: memory}", None),
+        ("always", "{type: filesystem}", 1800),
+        ("never", "{type: gcs, bucket: b}", None),
+    ],
+)
+def test_references_are_given_where_the_setting_and_the_tier_allow(
+    tmp_path: Path, in_responses: str, long_term: str, seconds: float | None
+) -> None:
+    """Contract 5: auto is gcs yes, filesystem and memory no; only what may have been handed out is retained."""
+    text = f"references: {{in_responses: {in_responses}, retention: 30m}}\nstorage: {{long_term: {long_term}}}\n"
+
+    assert loaded(tmp_path, text).handout_seconds == seconds
+
+
 SASL = "kafka: {security_protocol: SASL_SSL, "
 
 
@@ -511,6 +530,11 @@ class TestContradictions:
             ("dead_letter: {topic: operations}", "dead_letter.topic operations", "input.topics"),
             ("dead_letter: {topic: responses}", "dead_letter.topic responses", "output.topic"),
             ("output: {framing: confluent}", "output.framing", "schema_registry.url"),
+            ("references: {in_responses: always}\nstorage: {long_term: {type: memory}}",
+             "references.in_responses always", "storage.long_term.type"),
+            ("references: {in_responses: always, retention: 0s}", "references.retention", "references.in_responses"),
+            ("references: {retention: 0s}\nstorage: {long_term: {type: gcs, bucket: b}}",
+             "references.retention", "references.in_responses"),
             ("runtime: {processes: 2}\nstorage: {long_term: {type: memory}}",
              "runtime.processes (2)", "storage.long_term.type"),
             ("runtime: {processes: 3}\nstorage: {high_volume: {type: memory}}",
@@ -539,6 +563,8 @@ class TestContradictions:
             "kafka: {security_protocol: SASL_SSL, sasl_mechanism: PLAIN, sasl_username: u, sasl_password: p}",
             "dead_letter: {topic: null}",
             "storage: {high_volume: {type: memory}, threshold: 2GiB}",
+            "references: {in_responses: never, retention: 0s}\nstorage: {long_term: {type: gcs, bucket: b}}",
+            "references: {retention: 0s}",
         ],
     )
     def test_the_edge_of_each_rule_is_allowed(self, tmp_path: Path, text: str) -> None:

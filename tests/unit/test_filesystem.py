@@ -20,6 +20,7 @@ import pytest
 from consumer.errors import BackendError, BackendUnavailable, ConfigError
 from consumer.ids import ObjectContext, ObjectId
 from consumer.operations import Metadata, StoredObject
+from consumer.references import References
 from consumer.storage import filesystem
 from consumer.storage.backend import Revision
 from consumer.storage.filesystem import FilesystemBackend, revision_path
@@ -535,8 +536,77 @@ class TestStart:
         await backend.close()
 
 
+class TestReferences:
+    """Others read the payload's own file."""
+
+    @pytest.mark.parametrize("key", ["k", "ключ/../% ?#", "x" * 700])
+    async def test_a_reference_can_be_followed_as_a_claim_check(
+        self, backend: FilesystemBackend, root: Path, key: str
+    ) -> None:
+        revision, payload = a_revision(key), bytes(range(256)) * 5_000
+        await backend.put(revision, Metadata(), payload)
+        reference = await backend.reference(revision)
+        assert reference is not None
+
+        references = References([(await in_thread(root.absolute)).as_uri()], len(payload))
+        opened = await references.open(reference)
+
+        assert b"".join([chunk async for chunk in opened]) == payload
+        await references.close()
+
+    async def test_a_relative_folder_is_referred_to_by_its_absolute_path(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        backend = FilesystemBackend("data/my objects")
+        revision = a_revision()
+        await backend.put(revision, Metadata(), b"x")
+
+        reference = await backend.reference(revision)
+
+        assert reference is not None
+        assert reference.uri.startswith(f"{tmp_path.as_uri()}/data/my%20objects/")
+        await backend.close()
+
+    @pytest.mark.parametrize("base", ["https://files.example/large", "https://files.example/large/"])
+    async def test_another_base_takes_the_place_of_the_folders_own(self, root: Path, base: str) -> None:
+        """`references.base_uri`: what follows it is the path below the folder, encoded."""
+        backend = FilesystemBackend(root, base_uri=base)
+        await backend.put(revision := a_revision("a b"), Metadata(), b"x")
+
+        reference = await backend.reference(revision)
+
+        assert reference is not None
+        path = unquote(reference.uri.removeprefix("https://files.example/large/"))
+        assert await in_thread((root / path).read_bytes) == b"x"
+        await backend.close()
+
+
 class TestSweep:
     """Expired revisions go in passing."""
+
+    async def test_what_has_expired_goes_by_itself_although_nothing_is_put(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From the first use on, also of what an earlier process has left; and what lasts stays."""
+        monkeypatch.setattr(filesystem, "FOLDERS", 2)
+        now = [datetime(2026, 1, 1, tzinfo=UTC)]
+        earlier = FilesystemBackend(root, clock=lambda: now[0])
+        for number in range(8):
+            await earlier.put(a_revision(f"{number}"), Metadata(time_expires=now[0] + timedelta(seconds=1)), b"x")
+        await earlier.put(lasting := a_revision("lasting"), Metadata(), b"x")
+        await earlier.close()
+        monkeypatch.setattr(filesystem, "SWEEP_SECONDS", 0.001)
+        now[0] += timedelta(seconds=1)
+        backend = FilesystemBackend(root, clock=lambda: now[0])
+        assert await backend.head(lasting) is not None
+
+        async with asyncio.timeout(20):
+            while len(await in_thread(files, root)) > 2:  # noqa: ASYNC110 - files in a folder set no event
+                await asyncio.sleep(0.001)
+
+        assert await backend.get(lasting) is not None
+        await backend.close()
 
     async def test_a_round_of_puts_removes_all_that_has_expired(
         self, root: Path, monkeypatch: pytest.MonkeyPatch

@@ -116,6 +116,11 @@ async def before(setup: Setup, payload: bytes | None) -> None:
     assert await MemoryBackend.compare_and_write(setup.high_volume, OBJECT, None, Tombstone(revision, metadata))
 
 
+def up_to(size: int) -> Callable[[Metadata], bool]:
+    """What a caller can take who can take payloads of *size* bytes."""
+    return lambda metadata: (metadata.size or 0) <= size
+
+
 async def chunks(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
     """Yield *parts*."""
     for part in parts:
@@ -461,9 +466,9 @@ class TestReading:
         setup = Setup()
         await put(setup, payload)
 
-        assert await setup.storage.get(OBJECT, payload_limit=len(payload)) is not None
+        assert await setup.storage.get(OBJECT, fits=up_to(len(payload))) is not None
         with pytest.raises(TooLarge) as caught:
-            await setup.storage.get(OBJECT, payload_limit=len(payload) - 1)
+            await setup.storage.get(OBJECT, fits=up_to(len(payload) - 1))
         assert caught.value.code == "response_too_large"
         await setup.settled()
 
@@ -473,7 +478,7 @@ class TestReading:
         await storage.put(OBJECT, DEFAULT_METADATA, LARGE)
 
         with pytest.raises(TooLarge):
-            await storage.get(OBJECT, payload_limit=1)
+            await storage.get(OBJECT, fits=up_to(1))
         await storage.join()
         assert ("long_term", "get") not in counts._requests
 
