@@ -26,7 +26,7 @@ import contextlib
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import uuid4
 
 from consumer.errors import (
@@ -146,6 +146,8 @@ class Handler:
         self._storage = storage
         self._references = references
         self._retry = retry
+        seconds = None if retry is None else retry.attempt_timeout_seconds
+        self._limits = None if seconds is None else _TimeLimits(seconds)
         self._on_blocked = on_blocked
         self._object_bytes_max = object_bytes_max
         self._sleep = sleep
@@ -243,17 +245,18 @@ class Handler:
 
     async def _in_time(self, attempt: Awaitable[OpResponse]) -> OpResponse:
         """Wait for *attempt*; past the time limit cancel it and wait until it has ended."""
-        if self._retry is None or self._retry.attempt_timeout_seconds is None:
+        limits = self._limits
+        if limits is None:
             return await attempt
-        seconds = self._retry.attempt_timeout_seconds
-        limit = asyncio.timeout(seconds)
+        limit = limits.begin()
         try:
-            async with limit:
-                return await attempt
-        except TimeoutError as error:
-            if not limit.expired():  # storage's own
-                raise
-            raise OperationTimeout(f"no answer from storage within {seconds:g} seconds") from error
+            response = await attempt
+        except BaseException as error:
+            if limits.end(limit) and isinstance(error, asyncio.CancelledError):
+                raise OperationTimeout(f"no answer from storage within {limits.seconds:g} seconds") from error
+            raise
+        limits.end(limit)
+        return response
 
     async def _put_by_reference(self, object_id: ObjectId, metadata: Metadata, reference: object) -> Metadata:
         if not isinstance(reference, PayloadReference):
@@ -286,6 +289,67 @@ class Handler:
                 log.warning("no operation waits for storage any more")
                 if self._on_blocked is not None:
                     self._on_blocked(False)
+
+
+class _TimeLimit:
+    """That of one attempt: whose, and whether it has run out."""
+
+    __slots__ = ("cancelling", "deadline", "expired", "task")
+
+    def __init__(self, task: asyncio.Task[Any], deadline: float) -> None:
+        self.task = task
+        self.cancelling = task.cancelling()
+        """Cancellations asked for by others before this began."""
+        self.deadline = deadline
+        self.expired = False
+
+
+class _TimeLimits:
+    """Time limits of one length for any number of tasks, kept with a single timer.
+
+    As they are all of the same length they run out in the order in which they began; so there is only the oldest to be
+    waited for. A timer for each (``asyncio.timeout``) costs more than all the rest of an operation's way through here.
+    What running out means is the same: the task is cancelled, and that cancellation is taken back at the end.
+
+    Args:
+        seconds: Their length.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._running: dict[_TimeLimit, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> _TimeLimit:
+        """Begin one for the current task."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
+        assert task is not None
+        limit = _TimeLimit(task, loop.time() + self.seconds)
+        self._running[limit] = None
+        if self._timer is None:
+            self._timer = loop.call_at(limit.deadline, self._expire, loop)
+        return limit
+
+    def end(self, limit: _TimeLimit) -> bool:
+        """End one; True where it ran out, and nobody else has cancelled the task."""
+        self._running.pop(limit, None)
+        if not self._running and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        return limit.expired and limit.task.uncancel() <= limit.cancelling
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        while self._running:
+            oldest = next(iter(self._running))
+            if oldest.deadline > now:
+                self._timer = loop.call_at(oldest.deadline, self._expire, loop)
+                return
+            del self._running[oldest]
+            oldest.expired = True
+            oldest.task.cancel()
 
 
 def with_key(operation: Operation) -> Operation:

@@ -441,6 +441,38 @@ class TestTooLate:
         assert len(storage.calls) == len(storage.ended) == 1
 
 
+    async def test_many_limits_run_out_each_on_its_own(self) -> None:
+        """One timer serves them all: what began earlier or ended meanwhile changes nothing for the others."""
+        storage = GatedStorage("a", "b", "c")
+        policy = RetryPolicy(1, exhausted="answer", attempt_timeout_seconds=0.02)
+        ours = handler(storage, retry=policy)
+        tasks = {}
+        for key in "abc":
+            tasks[key] = asyncio.create_task(ours.apply(head(key)))
+            await settled()
+        storage.let_go("b")
+
+        assert await tasks["b"] == Headed("b", None)
+        for key in "ac":
+            with pytest.raises(OperationTimeout):
+                await tasks[key]
+        storage.let_go("a")
+        assert await ours.apply(head("a")) == Headed("a", None)  # and with nothing left a later one has its limit too
+        with pytest.raises(OperationTimeout):
+            await ours.apply(head("c"))
+
+    async def test_cancelled_and_too_late_at_once_is_cancelled(self) -> None:
+        """Who cancelled is waiting for that, whatever the limit says."""
+        storage = StubbornStorage("k", answers=False)
+        policy = RetryPolicy(1, exhausted="answer", attempt_timeout_seconds=0.001)
+        task = asyncio.create_task(handler(storage, retry=policy).apply(head("k")))
+        await storage.cancelled.wait()
+        task.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
 class TestFailureOf:
     """What an operation raised, as the error of its outcome."""
 
