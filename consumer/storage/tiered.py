@@ -33,6 +33,7 @@ step on the row makes every change real.
    * OK: done; the old revision is removed in the background.
    * Conflict: a success, as above; the new revision is removed in the background (TIER-6).
    * Error: raised; the object is as before, or as put. Clean-up finds out which.
+   * The tombstone expired between 3 and 6: once more, from no tombstone.
 
 **Get, head**
 
@@ -316,7 +317,10 @@ class TieredStorage:
             elif stamped.size != written:
                 raise BackendError("the long-term tier stored another number of bytes than it was given")
             guard.written()
-            guard.settled(await self._compare_and_write(object_id, old, Tombstone(new, stamped)))
+            won = await self._compare_and_write(object_id, old, Tombstone(new, stamped))
+            if not won and isinstance(row, Tombstone) and expired(row.metadata, self._clock):
+                won = await self._compare_and_write(object_id, None, Tombstone(new, stamped))
+            guard.settled(won)
         if self._observer is not None:
             self._observer.storage_bytes["long_term", "write"] += written
         return stamped

@@ -557,8 +557,9 @@ class TestConflicts:
         assert await setup.payload() in payloads
         await setup.settled()
 
-    async def test_a_tombstone_that_expires_before_the_swap_does_not_lose_the_object(self) -> None:
-        """The swap finds nothing to swap and calls that done; the object is put all the same."""
+    @pytest.mark.parametrize("payload", [SMALL, LARGE + b"r"], ids=["small", "large"])
+    async def test_a_tombstone_that_expires_before_the_swap_does_not_lose_the_object(self, payload: bytes) -> None:
+        """The swap finds nothing to swap, and calls that done, or lost; the object is put all the same."""
         clock = Clock()
         high_volume = SwapConflict()
         high_volume._clock = clock
@@ -570,9 +571,9 @@ class TestConflicts:
             clock.advance(6)
 
         high_volume.rival = expire
-        await put(setup, SMALL)
+        await put(setup, payload)
 
-        assert await setup.payload() == SMALL
+        assert await setup.payload() == payload
         await setup.settled()
 
 
