@@ -16,7 +16,8 @@ table forgets the rest by itself (BT-2). Every write begins by deleting the obje
 mutation (BT-4); forbidden revisions stay.
 
 **Live** for a condition is what has a deadline of a later millisecond; for a read, what has not expired to the
-microsecond (BT-5, BT-7). In between, less than a millisecond, a condition finds gone what a read still returns.
+microsecond (BT-5, BT-7). In between, less than a millisecond, a condition finds gone what a read still returns; who
+has to tell the two apart waits for it to pass.
 
 **Conditions**: each write is one ``CheckAndMutateRow``, atomic on the row. Its predicate tells whether cells are there,
 and there is a write for either answer, but no "and not": so conditions that stand in the way are joined, and the write
@@ -49,6 +50,7 @@ storage writes it always.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
@@ -99,6 +101,10 @@ RACES_MAX = 3
 """Times a condition may find a row that its reading then does not (BT-9): each time another writer must have come in
 between twice."""
 
+LAST_MILLISECOND = 0.001
+"""Seconds between two of these times: the one other cause is a tombstone that has expired for conditions and not yet
+for reads, which then passes."""
+
 SCAN_ROWS = 1_000
 """Rows of one step of a scan, tombstones or not: some hundred kilobytes, as payloads are not read."""
 
@@ -144,6 +150,7 @@ class BigtableBackend:
         ]
         self._whole = columns(b"[pmwrt]")
         self._head = columns(b"[mrt]")
+        self._tombstone = columns(b"[rt]")
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
@@ -194,22 +201,21 @@ class BigtableBackend:
         repeated = False
         for _ in range(RACES_MAX):
             since = self._since()
-            target_or_ban = _target(since) if wanted is None else any_of(_target(since), _ban(wanted, since))
+            target, ban = _target(since, current), None if wanted is None else _ban(wanted, since)
             if current is None:
-                check = await self._table.check_and_mutate(key, target_or_ban, unmatched=changes)
+                in_the_way = target if ban is None else any_of(target, ban)
+                check = await self._table.check_and_mutate(key, in_the_way, unmatched=changes)
                 if not check.matched:
                     return True
             else:
-                there = _target(since, current)
-                if wanted is not None:
-                    there = first_is(TARGET, there, _ban(wanted, since))
+                there = target if ban is None else first_is(TARGET, target, ban)
                 check = await self._table.check_and_mutate(key, there, matched=changes)
                 if check.matched:
                     return True
             repeated = repeated or check.repeated
-            seen = await self._table.read(key, target_or_ban)
-            target = seen.get((REDIRECTS, TARGET))
-            points_to = None if target is None else Revision(target.value.decode())
+            seen = await self._table.read(key, self._tombstone if ban is None else any_of(self._tombstone, ban))
+            tombstone = _tombstone(seen, self._clock())
+            points_to = None if tombstone is None else tombstone.target
             if points_to != current:
                 if repeated and points_to != wanted:
                     # Lost, or won by an attempt without an answer and replaced since: then what it replaced is ours to
@@ -218,6 +224,7 @@ class BigtableBackend:
                 return points_to == wanted
             if wanted is not None and (REDIRECTS, _ban_column(wanted)) in seen:
                 raise BackendUnavailable("the revision was given up by a clean-up; write it again as a new one")
+            await asyncio.sleep(LAST_MILLISECOND)
         raise BackendUnavailable("the row is changed faster than it can be written")
 
     async def forbid(self, object_id: ObjectId, revision: Revision) -> bool:

@@ -499,17 +499,41 @@ class TestRaces:
         with pytest.raises(BackendUnavailable, match="faster"):
             await backend.compare_and_write(an_id(), A, Tombstone(Revision("C"), Metadata()))
 
-    async def test_the_last_millisecond_of_a_life_is_over_for_conditions(
+    @pytest.mark.parametrize("write", [TOMBSTONE_B, SMALL], ids=["tombstone", "object"])
+    async def test_the_last_millisecond_of_a_life_is_waited_for(
+        self, backend: BigtableBackend, connection: FaultyConnection, clock: Any, an_id: AnId, write: TieredWrite
+    ) -> None:
+        """BT-3: timestamps are whole milliseconds, reads exact.
+
+        A swap that finds nothing to swap says so only once a read would; else the caller could take an object for
+        stored that is not.
+        """
+        expires = clock() + timedelta(seconds=1)
+        await backend.compare_and_write(an_id(), None, Tombstone(A, Metadata(time_expires=expires)))
+        clock.advance(0.999_999)
+        assert await backend.head_tiered(an_id()) is not None
+        connection.sent.clear()
+
+        async def pass_on() -> None:
+            clock.advance(0.000_001)
+
+        connection.after("read_row", _nothing)
+        connection.after("read_row", pass_on)
+
+        assert await backend.compare_and_write(an_id(), A, write) is (write is SMALL)
+        assert await backend.head_tiered(an_id()) is None
+        assert connection.sent.count("check_and_mutate_row") == 2
+
+    async def test_in_the_last_millisecond_of_a_tombstone_an_object_may_be_put(
         self, backend: BigtableBackend, clock: Any, an_id: AnId
     ) -> None:
-        """BT-3: timestamps are whole milliseconds. Nothing is stuck in between."""
+        """What it replaces has as good as expired, and so has its revision."""
         expires = clock() + timedelta(seconds=1)
         await backend.compare_and_write(an_id(), None, Tombstone(A, Metadata(time_expires=expires)))
         clock.advance(0.999_999)
 
-        assert await backend.head_tiered(an_id()) is not None
-        assert await backend.compare_and_write(an_id(), A, TOMBSTONE_B) is False
         assert await backend.put_non_tombstone(an_id(), Metadata(), b"x") is None
+        assert await backend.get_tiered(an_id()) == StoredObject(Metadata(size=1), b"x")
 
 
 class TestLimits:
@@ -676,3 +700,7 @@ class TestTable:
         assert "there is no object" in tierstream("storage", "head", "u/objects/k", config=config).err
         assert tierstream("storage", "verify", "--json", config=config).code == 0
         assert tierstream("storage", "recover", "--json", "--yes", config=config).json["entries"] == 0
+
+
+async def _nothing() -> None:
+    """Come in between, and do nothing."""
