@@ -8,6 +8,7 @@ It keeps everything in memory and enforces no limits of size. Every test has a t
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -84,6 +85,11 @@ class Emulator:
             "table": table,
             "emulator_host": self.host,
         }
+
+    def storage(self) -> dict[str, dict[str, str]]:
+        """Make a table; return the configuration of storage in it, without a long-term tier."""
+        section = self.section(asyncio.run(self.create(self.unused_table())))
+        return {"high_volume": section, "change_log": {**section, "lease": "5s"}}
 
     def backend(self, table: str, **given: object) -> BigtableBackend:
         """Return a high-volume tier in *table*."""

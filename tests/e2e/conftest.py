@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bigtable_emulator import Emulator
 from brokers import Broker, tail
 from stages import RESPONSE_BYTES, SetStage, Stage, set_up
 
 
+@pytest.fixture(scope="session")
+def storage_of_the_run(request: pytest.FixtureRequest) -> Callable[[], dict[str, Any]]:
+    """A maker of the storage that stages of this run have, unless told otherwise: ``TIERSTREAM_TEST_STORAGE``."""
+    match os.environ.get("TIERSTREAM_TEST_STORAGE", "sqlite"):
+        case "sqlite":
+            return dict
+        case "bigtable":
+            emulator: Emulator = request.getfixturevalue("bigtable_emulator")
+            return lambda: {"storage": emulator.storage()}
+        case unknown:
+            pytest.exit(f"TIERSTREAM_TEST_STORAGE is sqlite or bigtable, not {unknown}", 4)
+
+
 @pytest.fixture
-def set_stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SetStage]:
+def set_stage(
+    tmp_path: Path, request: pytest.FixtureRequest, storage_of_the_run: Callable[[], dict[str, Any]]
+) -> Iterator[SetStage]:
     """A maker of stages: ``set_stage(broker, partitions=4, output_partitions=4, SECTION={…})``."""
     stages: list[Stage] = []
 
     def make(broker: Broker, partitions: int = 2, output_partitions: int | None = None, **sections: Any) -> Stage:
         folder = tmp_path / f"stage{len(stages)}"
         folder.mkdir()
+        for name, section in storage_of_the_run().items():
+            sections[name] = section | sections.get(name, {})
         stage = set_up(broker, folder, partitions, output_partitions or partitions, **sections)
         stages.append(stage)
         return stage
@@ -44,6 +63,7 @@ def stage(
     _standing: dict[str, Stage],
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
+    storage_of_the_run: Callable[[], dict[str, Any]],
 ) -> Iterator[Stage]:
     """A running service with the suite's usual configuration, shared by all tests that only send and receive.
 
@@ -60,6 +80,7 @@ def stage(
             2,
             limits={"response_bytes": RESPONSE_BYTES, "record_bytes": "800KB", "object_bytes": "8MiB"},
             references={"allowed_prefixes": [(folder / "uploads").as_uri() + "/"]},
+            **storage_of_the_run(),
         )
         _standing[broker.kind] = known
         known.start(partitions=2)

@@ -1,0 +1,98 @@
+"""The service with its rows and its change log in Bigtable, on the emulator: what it promises does not depend on it.
+
+``TIERSTREAM_TEST_STORAGE=bigtable`` runs the whole end-to-end suite so.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from bigtable_emulator import Emulator
+from brokers import Broker
+from load import PARTITIONS, PUMP_SECONDS, Load, check_nothing_is_committed_without_its_response, ends, read_back
+from service_process import command_line
+from stages import SetStage, Stage
+
+pytestmark = [pytest.mark.emulator, pytest.mark.slow]
+
+THRESHOLD = 10_000
+"""Objects above it are large: both tiers are used by records that the embedded broker takes."""
+
+
+def verified(stage: Stage) -> Any:
+    """Return what ``tierstream storage verify`` finds."""
+    (stage.folder / "verify.yaml").write_text(json.dumps(stage.config), encoding="utf-8")
+    done = command_line("storage", "verify", "--json", "--min-age", "0s", "--config", "verify.yaml", cwd=stage.folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kind_of_operation_in_both_tiers(
+    embedded: Broker, set_stage: SetStage, bigtable_emulator: Emulator
+) -> None:
+    """BT, HV, TIER-14: stored, read back whole, replaced across the tiers, deleted; nothing is left over."""
+    storage = {**bigtable_emulator.storage(), "threshold": THRESHOLD}
+    stage = set_stage(embedded, partitions=1, storage=storage)
+    service = stage.start(partitions=1)
+    ledger = stage.ledger
+    small, large = b"s" * THRESHOLD, b"l" * (THRESHOLD + 1)
+    sizes = [small, large, large + b"2", small + b"", large]
+    before = set(ledger.entries)
+    for payload in sizes:
+        ledger.operate("insert", "k", payload, statuses={201}, custom={"a": "ü"}, wait=False)
+        ledger.operate("get", "k", statuses={200}, wait=False)
+        ledger.operate("head", "k", statuses={204}, wait=False)
+    ledger.operate("insert", "expiring", b"x", statuses={201}, expiration={"policy": "tti", "seconds": 60}, wait=False)
+    ledger.operate("get", "expiring", statuses={200}, wait=False)
+    for key in ("k", "expiring", "k"):
+        ledger.operate("delete", key, statuses={204}, wait=False)
+    for kind in ("get", "head"):
+        ledger.operate(kind, "k", statuses={404}, wait=False)
+    ledger.operate("insert", "kept", large, statuses={201}, wait=False)
+    ledger.flush()
+    sent = [entry for name, entry in ledger.entries.items() if name not in before]
+
+    answers = [ledger.answer([entry]) for entry in sent]
+
+    assert [answer.result["object"]["payload"] for answer in answers[1:15:3]] == sizes
+    assert {answer.result["metadata"]["size"] for answer in answers[2:15:3]} == {len(small), len(large), len(large) + 1}
+    service.stop()
+    report = verified(stage)
+    assert (report["tombstones"], report["revisions"], report["changes"]) == (1, 1, 0)
+
+
+@pytest.mark.timeout(90 + PUMP_SECONDS * 3)
+def test_members_killed_under_load_are_taken_over_and_leave_nothing(
+    apache: Broker, set_stage: SetStage, bigtable_emulator: Emulator
+) -> None:
+    """I1, I5, I7, I8, LOG-14: two members over one table; one after the other dies, its work goes on, all is whole."""
+    storage = {**bigtable_emulator.storage(), "threshold": 40}  # three objects of four are large
+    stage = set_stage(apache, partitions=PARTITIONS, storage=storage)
+    ledger, load = stage.ledger, Load(stage.ledger)
+    first = stage.start(partitions=PARTITIONS, name="first")
+    committed: dict[int, int] = {}
+    for name in ("second", "third"):
+        joined = stage.start(name=name, ready=False)
+        goal = len(ledger.answers) + 500
+        load.pump(lambda goal=goal: len(ledger.answers) >= goal)  # type: ignore[misc]  # bound now, as it is called now
+        load.put(4 * load.batch)
+        first.kill()
+        ledger.flush()
+        committed = check_nothing_is_committed_without_its_response(stage, committed)
+        first = joined
+    first.wait_ready(PARTITIONS)
+    ledger.wait_answered(seconds=120)
+    read_back(load, 200)
+    first.wait(lambda: first.metrics()["tierstream_change_log_entries"] == 0, "the dead to be cleaned up after")
+    first.stop()
+    check_nothing_is_committed_without_its_response(stage, committed)
+
+    verdict = ledger.verdict()
+    assert (verdict.missing, verdict.mismatched) == ([], [])
+    assert ledger.committed(stage.group) == {partition: ends(ledger)[partition] for partition in range(PARTITIONS)}
+    report = verified(stage)
+    assert (report["tombstones"], report["changes"]) == (report["revisions"], 0)
+    assert report["tombstones"] > 100
