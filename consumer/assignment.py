@@ -166,7 +166,7 @@ class _Entry:
             self.size += len(name) + len(content or b"")
         self.decoded: Decoded | None = None
         self.reserved = 0
-        """Bytes reserved for a read that has not been answered."""
+        """Bytes reserved for a read, and then held by its answer."""
         self.pending = 0
         """Acknowledgements to come: 1 for the response, 1 more for a dead letter."""
         self.status = 0
@@ -329,8 +329,11 @@ class Assignment:
     @property
     def wants_records(self) -> bool:
         """True where fetching, once stopped, should go on."""
-        return self.open and self._executor is not None and not self._giving_up and (
-            len(self._buffer) <= BUFFER_RECORDS_RESUME
+        return (
+            self.open
+            and self._executor is not None
+            and not self._giving_up
+            and (len(self._buffer) <= BUFFER_RECORDS_RESUME)
         )
 
     @property
@@ -562,10 +565,8 @@ class Assignment:
             outcome = TooLarge("the response does not fit the output record", code="response_too_large")
             status, value = self._encoder.encode(offset, decoded, outcome, time.time_ns() // 1000)
         if entry.reserved:
-            pipeline.budget.release_read(entry.reserved)
-            entry.reserved = 0
-            pipeline.budget.charge(len(value))
-            entry.size += len(value)
+            pipeline.budget.answer_read(entry.reserved, len(value))
+            entry.reserved = len(value)
         entry.pending = 1
         self._unacknowledged += 1
         if isinstance(outcome, Exception):
@@ -593,7 +594,7 @@ class Assignment:
 
     def acknowledged(self, tokens: Sequence[int]) -> None:
         """Responses are written: resolve their offsets, unless a dead letter is still on its way."""
-        entries, counts = self._entries, self._pipeline.counts
+        entries, counts, budget = self._entries, self._pipeline.counts, self._pipeline.budget
         responses, observe = counts.responses, counts.response_latency.observe
         now = time.time()
         finished: list[int] = []
@@ -610,11 +611,13 @@ class Assignment:
                 del entries[offset]
                 finished.append(offset)
                 released += entry.size
+                if entry.reserved:
+                    budget.release_read(entry.reserved)
         self._finish(finished, released)
 
     def dead_letter_acknowledged(self, tokens: Sequence[int]) -> None:
         """Dead letters are written: resolve the offsets whose response is too."""
-        entries, dead_letters = self._entries, self._pipeline.counts.dead_letters
+        entries, dead_letters, budget = self._entries, self._pipeline.counts.dead_letters, self._pipeline.budget
         finished: list[int] = []
         released = 0
         for offset in tokens:
@@ -626,6 +629,8 @@ class Assignment:
                 del entries[offset]
                 finished.append(offset)
                 released += entry.size
+                if entry.reserved:
+                    budget.release_read(entry.reserved)
         self._finish(finished, released)
 
     def refused(self, token: int) -> None:
@@ -737,7 +742,11 @@ class Assignment:
 
     def forget_answers(self) -> None:
         """Give back what answers charge of which nothing will be heard: their lanes have ended before this did."""
-        self._pipeline.budget.release(sum([entry.size for entry in self._entries.values()]))
+        budget = self._pipeline.budget
+        for entry in self._entries.values():
+            budget.release(entry.size)
+            if entry.reserved:
+                budget.release_read(entry.reserved)
         self._entries.clear()
 
     def _forget_buffer(self) -> None:
@@ -906,4 +915,3 @@ class _DeadLetterLane:
 def _report(task: asyncio.Task[None], failed: Callable[[BaseException], None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         failed(error)
-

@@ -5,8 +5,10 @@ Contract 4. Charged are a record's bytes from fetch to acknowledgement, and resp
 1. *Fetching* stops when half of the budget is charged and goes on below three eighths, so that stopping and
    going on do not alternate with every record. The other half stays free for responses.
 2. A *read* (get) reserves the largest payload it may bring back before it starts, and waits where that does not fit.
-   It never waits when no other read holds a charge: so one charge above the whole budget runs alone, and records that
-   wait in buffers can never keep the reads waiting that would drain them.
+   Answered, it holds what its answer takes until that is acknowledged (:meth:`ByteBudget.answer_read`): so a slow
+   output topic keeps further reads waiting.
+3. A read never waits where no other one holds a charge: so one charge above the whole budget runs alone, and records
+   that wait in buffers can never keep the reads waiting that would drain them.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class ByteBudget:
             self._waiters = None
 
     async def reserve_read(self, size: int) -> None:
-        """Charge *size* bytes for a read, waiting for room; give them back with :meth:`release_read`.
+        """Charge *size* bytes for a read, waiting for room; :meth:`release_read` gives them back.
 
         Cancellation: nothing is charged.
         """
@@ -79,8 +81,13 @@ class ByteBudget:
         self._reads += 1
         self._used += size
 
+    def answer_read(self, reserved: int, size: int) -> None:
+        """A read is answered: charge the *size* of its answer, instead of what was *reserved*, until it is released."""
+        self.charge(size)
+        self.release(reserved)
+
     def release_read(self, size: int) -> None:
-        """Give a read's reservation back."""
+        """Give back what a read has reserved, or what its answer has held until it was acknowledged."""
         self._reads -= 1
         assert self._reads >= 0, "more reads given back than were reserved"
         self.release(size)

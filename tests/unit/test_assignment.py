@@ -606,6 +606,20 @@ class TestBytes:
         storage.let_all_go()
         await until(lambda: assignment.watermark == 5)
 
+    async def test_answers_that_are_not_acknowledged_keep_reads_from_beginning(self, make: MakeWorkplace) -> None:
+        """I11: an output topic that is slow holds the input back, though no read is in flight any more."""
+        storage = GatedStorage()
+        storage.objects |= {f"e2e/org.1/objects/object-{offset}": stored(3000) for offset in range(8)}
+        place = make(storage, budget_bytes=10_000, read_bytes=4000)
+        place.assign().receive([fetched("get", offset) for offset in range(8)])
+        await settled()
+        begun = len(storage.calls)
+
+        place.responses.acknowledge_always()
+        await until(lambda: len(place.responses.appended) == 8)
+
+        assert 1 <= begun <= 3
+
     async def test_a_read_larger_than_the_budget_runs_alone(self, make: MakeWorkplace) -> None:
         """Contract 4: one charge above the whole budget runs alone."""
         place = make(budget_bytes=1000, read_bytes=4000)
@@ -666,8 +680,8 @@ class TestBytes:
         """Exactly-once: a partition's own writer ends with it, and what it has not committed is forgotten."""
         place = make()
         assignment = place.assign()
-        assignment.receive([*inserts(0, 2), poison(2)])
-        await until(lambda: len(place.responses.appended) == 3)
+        assignment.receive([*inserts(0, 2), poison(2), fetched("get", 3)])
+        await until(lambda: len(place.responses.appended) == 4)
         assert not await assignment.drain(0)
         assert await assignment.abandon() is None
         assert place.budget.used > 0

@@ -126,6 +126,35 @@ async def test_bytes_of_any_kind_let_a_waiting_read_in() -> None:
     assert budget.used == 100
 
 
+async def test_an_answer_that_is_not_acknowledged_keeps_further_reads_waiting() -> None:
+    """I11: with a slow output topic, reads that are quick would pile up all that they bring back."""
+    budget = ByteBudget(100)
+    await budget.reserve_read(60)
+    budget.answer_read(60, 80)
+    assert budget.used == 80
+    waiting = asyncio.create_task(budget.reserve_read(60))
+    await turns()
+    assert not waiting.done()
+
+    budget.release_read(80)
+    await waiting
+
+    assert budget.used == 60
+
+
+async def test_an_answer_smaller_than_its_reservation_lets_others_in() -> None:
+    """What is reserved is the most that a read may bring."""
+    budget = ByteBudget(100)
+    await budget.reserve_read(60)
+    waiting = asyncio.create_task(budget.reserve_read(60))
+    await turns()
+
+    budget.answer_read(60, 10)
+    await waiting
+
+    assert budget.used == 70
+
+
 async def test_all_waiting_reads_that_fit_are_let_in_together() -> None:
     """Those that do not fit go on waiting, and are not forgotten."""
     budget = ByteBudget(100)
