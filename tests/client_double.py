@@ -51,7 +51,7 @@ class ConsumerDouble:
         """Raised by every poll for something."""
         self.damaged: set[TopicPartition] = set()
         """Partitions at whose records a poll breaks off, having taken those of others."""
-        self.polls_cancelled = self.polls_out_of_range = 0
+        self.polls_cancelled = self.polls_broken_off = self.polls_out_of_range = 0
         self.start_errors: deque[Exception] = deque()
         """Raised by the next starts."""
         self.stop_answer: BaseException | Callable[[], Awaitable[None]] | None = None
@@ -233,6 +233,7 @@ class ConsumerDouble:
             self._fetcher._records[partition] = SimpleNamespace(
                 _partition_records=SimpleNamespace(_records_iterator=_ended_generator())
             )
+            self.polls_broken_off += 1
             raise CorruptRecordException
         return taken
 

@@ -301,7 +301,7 @@ class TestPolling:
         await rig.answered(0, 1, 2)
         await rig.polled_again(5)
 
-        assert rig.consumer.polled[-1] == (TopicPartition("-", 0),)
+        assert rig.consumer.polls_broken_off == 1
 
     async def test_a_partition_set_aside_is_not_tried_again_while_it_is_given_up(self, make: MakeRig) -> None:
         """H1, H15: the time is over in the middle of a drain."""
@@ -714,6 +714,25 @@ class TestRevoked:
         committed = rig.consumer.committed[FIRST].offset
         assert committed == len(rig.place.responses.appended)
 
+    async def test_nothing_new_is_started_while_the_first_commit_is_on_its_way(self, make: MakeRig) -> None:
+        """Contract 3: that commit may take seconds, and what begins in them lengthens the drain."""
+        rig = make(GatedStorage("object-1"), limit=1)
+        held = asyncio.Event()
+        rig.consumer.write(*FIRST, *inserts(0, 50))
+        rig.place.responses.acknowledge_always()
+        await rig.join(FIRST)
+        await rig.answered(0)
+        rig.consumer.commit_answers.append(hanging(held))
+
+        revoking = asyncio.ensure_future(rig.consumer.revoke())
+        await until(lambda: not rig.consumer.commit_answers)
+        rig.storage.let_all_go()
+        await settled()
+        held.set()
+        await revoking
+
+        assert len(rig.storage.calls) < 5
+
     async def test_a_drain_ends_at_its_deadline(self, make: MakeRig) -> None:
         """H11: the broker drops who takes longer than the rebalance time-out, in the middle of its work."""
         rig = make(GatedStorage("object-1"), drain_timeout_seconds=0.02)
@@ -1096,7 +1115,7 @@ class TestOutOfRange:
         await rig.answered(0, 1, 2)
         await rig.polled_again(5)
 
-        assert rig.consumer.polled[-1] == (TopicPartition("-", 0),)
+        assert rig.consumer.polls_out_of_range == 1
 
     @pytest.mark.parametrize(("policy", "offsets"), [("earliest", [10, 11, 12]), ("latest", [12])])
     async def test_reading_goes_on_where_that_is_asked_for(
