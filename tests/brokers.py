@@ -356,8 +356,14 @@ def kafka_jars() -> Path:
 
 
 @contextmanager
-def maven_broker(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[Broker]:
-    """Run Apache Kafka from Maven's jars, one node, with its data in *folder*, and with *settings* of its own."""
+def maven_broker(
+    folder: Path, settings: Mapping[str, str] | None = None, *, proxied: tuple[int, int] | None = None
+) -> Iterator[Broker]:
+    """Run Apache Kafka from Maven's jars, one node, with its data in *folder*, and with *settings* of its own.
+
+    *proxied* is the port of a second listener, and the port of the proxy before it: who comes through the proxy is told
+    to go on coming through it.
+    """
     port, controller = unused_port(), unused_port()
     classpath = f"{kafka_jars()}/*"
     log = folder / "kafka.log"
@@ -368,6 +374,13 @@ def maven_broker(folder: Path, settings: Mapping[str, str] | None = None) -> Ite
         "controller.quorum.voters": f"1@127.0.0.1:{controller}",
         "log.dirs": str(folder / "data"),
     }
+    if proxied is not None:
+        listeners["listeners"] += f",PROXIED://127.0.0.1:{proxied[0]}"
+        listeners["advertised.listeners"] += f",PROXIED://127.0.0.1:{proxied[1]}"
+        listeners["listener.security.protocol.map"] = (
+            f"{SINGLE_NODE['listener.security.protocol.map']},PROXIED:PLAINTEXT"
+        )
+        listeners["inter.broker.listener.name"] = "PLAINTEXT"
     properties = SINGLE_NODE | listeners | dict(settings or {})
     config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
     # Short-lived JVMs on few cores: the quick compiler alone and the simplest collector start fastest.

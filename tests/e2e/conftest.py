@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bigtable_emulator import Emulator
-from brokers import Broker, tail
+from brokers import Broker, apache_source, maven_broker, tail, unused_port
+from proxy import Proxy
 from stages import RESPONSE_BYTES, SetStage, Stage, set_up
 
 
@@ -87,6 +88,20 @@ def stage(
     yield known
     _show_logs(request, known)
     assert known.processes[-1].process.poll() is None, known.processes[-1].obituary()
+
+
+@pytest.fixture(scope="session")
+def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Broker, Proxy]]:
+    """Apache Kafka, of its own, and the proxy before its second listener; its first one is reached directly."""
+    if apache_source() != "maven":
+        pytest.skip("needs an Apache Kafka with settings of its own: java and mvn")
+    port = unused_port()
+    proxy = Proxy(port)
+    try:
+        with maven_broker(tmp_path_factory.mktemp("proxied"), proxied=(port, proxy.port)) as broker:
+            yield broker, proxy
+    finally:
+        proxy.close()
 
 
 def _show_logs(request: pytest.FixtureRequest, stage: Stage) -> None:
