@@ -1,0 +1,427 @@
+"""One partition's transactions: what goes into one, and what becomes of it when a step is refused, lost or fenced.
+
+The producer is a double of the client's: a transaction's records count once it is committed, and a step fails as told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import SimpleNamespace
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.errors import (
+    KafkaError,
+    MessageSizeTooLargeError,
+    OffsetMetadataTooLargeError,
+    ProducerFenced,
+    RequestTimedOutError,
+)
+from aiokafka.structs import OffsetAndMetadata
+
+from consumer.assignment import Owner
+from consumer.kafka import transactions as transactions_module
+from consumer.kafka.topics import ClusterUnavailable
+from consumer.kafka.transactions import TransactionWriter
+from consumer.offset_map import SizeLimit
+from gates import settled
+from lanes import until
+
+INPUT = TopicPartition("operations", 3)
+OUTPUT = TopicPartition("responses", 1)
+DEAD = TopicPartition("dead", 1)
+
+BATCH_RECORDS = 4
+"""Records that fit a batch of the double."""
+
+
+def ended(error: Exception) -> KafkaError:
+    """What the client raises for a refusal that it does not expect."""
+    failure = KafkaError("Unexpected error during batch delivery")
+    failure.__cause__ = error
+    return failure
+
+
+class Log:
+    """What the broker has: committed records and offsets, and the steps that fail next."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[TopicPartition, bytes | None]] = []
+        self.transactions: list[int] = []
+        """Records of each committed transaction."""
+        self.committed: tuple[int, str] | None = None
+        self.failures: dict[str, deque[Exception]] = {}
+        """By step: what the next ones raise."""
+        self.commit_answers_lost = 0
+        """So many commits take effect, and fail."""
+        self.metadata_max = 4096
+        self.value_max = 1000
+        self.member = True
+        self.producers: list[ProducerDouble] = []
+
+    def fail(self, step: str, *errors: Exception) -> None:
+        """Have a step fail: start, send, offsets, commit, question."""
+        self.failures.setdefault(step, deque()).extend(errors)
+
+    def step(self, name: str) -> None:
+        """Come to a step."""
+        failures = self.failures.get(name)
+        if failures:
+            raise failures.popleft()
+
+    def make(self) -> ProducerDouble:
+        """Make a producer; it fences the one before."""
+        self.producers.append(ProducerDouble(self))
+        return self.producers[-1]
+
+    async def is_member(self) -> bool:
+        self.step("question")
+        return self.member
+
+    async def committed_now(self) -> tuple[int, str] | None:
+        self.step("question")
+        return self.committed
+
+
+class Batch:
+    """A batch that is full at so many records."""
+
+    def __init__(self) -> None:
+        self.values: list[bytes | None] = []
+
+    def append(self, *, value: bytes | None, **_: object) -> object | None:
+        if len(self.values) == BATCH_RECORDS:
+            return None
+        self.values.append(value)
+        return object()
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class ProducerDouble:
+    """A transactional producer."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.open: list[tuple[TopicPartition, bytes | None]] = []
+        self.offsets: OffsetAndMetadata | None = None
+        self.stopped = False
+        self._sender = SimpleNamespace(sender_task=None)
+        self._message_accumulator = SimpleNamespace(_pending_batches=set(), _batches={})
+        self.client = SimpleNamespace(close=self._closed)
+
+    async def start(self) -> None:
+        self.log.step("start")
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+    async def _closed(self) -> None:
+        """Nothing is open."""
+
+    async def begin_transaction(self) -> None:
+        assert not self.stopped
+        self.open.clear()
+
+    def create_batch(self) -> Batch:
+        return Batch()
+
+    async def send_batch(self, batch: Batch, topic: str, *, partition: int) -> asyncio.Future[None]:
+        self.log.step("send")
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if any(len(value or b"") > self.log.value_max for value in batch.values):
+            sent.set_exception(MessageSizeTooLargeError())
+        else:
+            self.open.extend((TopicPartition(topic, partition), value) for value in batch.values)
+            sent.set_result(None)
+        return sent
+
+    async def send_offsets_to_transaction(self, offsets: dict[TopicPartition, OffsetAndMetadata], group: str) -> None:
+        assert group == "group"
+        self.log.step("offsets")
+        ((partition, point),) = offsets.items()
+        assert partition == INPUT
+        if len(point.metadata) > self.log.metadata_max:
+            raise ended(OffsetMetadataTooLargeError())
+        self.offsets = point
+
+    async def commit_transaction(self) -> None:
+        self.log.step("commit")
+        assert self.offsets is not None
+        self.log.records.extend(self.open)
+        self.log.transactions.append(len(self.open))
+        self.log.committed = (self.offsets.offset, self.offsets.metadata)
+        if self.log.commit_answers_lost:
+            self.log.commit_answers_lost -= 1
+            raise RequestTimedOutError
+
+
+class Assigned:
+    """The assignment behind the writer, and the owner of what is appended."""
+
+    def __init__(self) -> None:
+        self.finished: set[int] = set()
+        self.acknowledged_tokens: list[int] = []
+        self.refused_tokens: list[int] = []
+        self.committed: list[tuple[int, str, bool]] = []
+        self.offset_map = ""
+        self.lost = False
+        self.instead: Callable[[int], None] = lambda _: None
+        """What the owner appends for a refused record."""
+
+    def settle(self, offsets: Sequence[int]) -> tuple[int, str]:
+        self.finished.update(offsets)
+        return max(self.finished, default=-1) + 1, self.offset_map
+
+    def transaction_committed(self, offset: int, metadata: str, *, map_left_out: bool) -> None:
+        self.committed.append((offset, metadata, map_left_out))
+
+    def lose(self) -> None:
+        self.lost = True
+
+    def acknowledged(self, tokens: Sequence[int]) -> None:
+        self.acknowledged_tokens.extend(tokens)
+
+    def refused(self, token: int) -> None:
+        self.refused_tokens.append(token)
+        self.instead(token)
+
+
+class Rig:
+    """A writer on the doubles."""
+
+    def __init__(self) -> None:
+        self.log = Log()
+        self.assigned = Assigned()
+        self.failures: list[BaseException] = []
+        self.limit = SizeLimit()
+        self.writer = TransactionWriter(
+            INPUT,
+            group_id="group",
+            make_producer=self.log.make,  # type: ignore[arg-type]  # a double
+            interval_seconds=0.0,
+            is_member=self.log.is_member,
+            committed=self.log.committed_now,
+            map_size=self.limit,
+            failed=self.failures.append,
+        )
+
+    def append(self, token: int, value: bytes, target: TopicPartition = OUTPUT) -> None:
+        """Hand one record in."""
+        owner: Owner = self.assigned
+        self.writer.lane(target).append(b"key", value, [], owner, token)
+
+    async def begun(self) -> None:
+        """Start the producer and begin to write."""
+        await self.writer.start()
+        self.writer.begin(self.assigned)
+
+    async def acknowledged(self, *tokens: int) -> None:
+        """Wait until exactly these are acknowledged, in this order."""
+        await until(lambda: len(self.assigned.acknowledged_tokens) >= len(tokens))
+        assert self.assigned.acknowledged_tokens == list(tokens)
+
+    def values(self, target: TopicPartition = OUTPUT) -> list[bytes | None]:
+        """What is committed in a partition."""
+        return [value for partition, value in self.log.records if partition == target]
+
+
+@pytest.fixture
+async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    """A writer that has not started; it is stopped at the end, and has not failed by itself."""
+    monkeypatch.setattr(transactions_module, "BACKOFF_SECONDS", (0.0,))
+    rig = Rig()
+    yield rig
+    await rig.writer.stop()
+    assert rig.failures == []
+
+
+async def test_what_gathers_is_one_transaction_with_its_offset(rig: Rig) -> None:
+    """Contract 3: responses, dead letters and offset together; several batches in their order."""
+    for token in range(10):
+        rig.append(token, b"%d" % token)
+    rig.append(10, b"letter", DEAD)
+    rig.append(10, b"answer")
+    rig.assigned.offset_map = "map"
+    await rig.begun()
+
+    await rig.acknowledged(*range(11), 10)
+    assert rig.log.transactions == [12]
+    assert rig.values() == [*(b"%d" % token for token in range(10)), b"answer"]
+    assert rig.values(DEAD) == [b"letter"]
+    assert (rig.log.committed, rig.assigned.committed) == ((11, "map"), [(11, "map", False)])
+
+
+async def test_an_offset_alone_is_committed_where_it_is_wanted(rig: Rig) -> None:
+    """H9b: it has moved over offsets without records, to which there is no response."""
+    await rig.begun()
+    rig.assigned.finished.add(6)
+
+    rig.writer.commit_offset()
+
+    await until(lambda: rig.log.committed == (7, ""))
+    assert rig.log.transactions == [0]
+
+
+async def test_a_transaction_is_bounded_by_bytes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is too large for a slow network would be sent again as it is, for ever."""
+    monkeypatch.setattr(transactions_module, "TRANSACTION_BYTES_MAX", 1000)
+    for token in range(5):
+        rig.append(token, b"x" * 400)
+    rig.log.value_max = 10_000
+    rig.append(5, b"y" * 5000)
+    rig.append(6, b"z")
+    await rig.begun()
+
+    await rig.acknowledged(*range(7))
+    assert rig.log.transactions == [2, 2, 1, 1, 1]
+
+
+async def test_what_is_less_than_a_transaction_gathers_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transactions of one record each would cost a round of commits each."""
+    monkeypatch.setattr(transactions_module, "TRANSACTION_BYTES_MAX", 1000)
+    monkeypatch.setattr(rig.writer, "_interval", 3600.0)
+    for token in range(3):
+        rig.append(token, b"x" * 400)
+    await rig.begun()
+
+    await rig.acknowledged(0, 1)
+    await settled()
+    assert rig.log.transactions == [2]
+
+
+async def test_a_transaction_is_bounded_by_records_and_parts_no_record_from_its_dead_letter(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contract 3: else one of the two could be committed without the other."""
+    monkeypatch.setattr(transactions_module, "TRANSACTION_RECORDS_MAX", 2)
+    monkeypatch.setattr(transactions_module, "TRANSACTION_BYTES_MAX", 10)
+    rig.append(0, b"0")
+    rig.append(1, b"letter", DEAD)
+    rig.append(1, b"answer")
+    rig.append(2, b"2")
+    await rig.begun()
+
+    await rig.acknowledged(0, 1, 1, 2)
+    assert rig.log.transactions == [1, 2, 1]
+
+
+@pytest.mark.parametrize("step", ["send", "offsets", "commit"])
+@pytest.mark.parametrize("error", [ProducerFenced(), OSError("reset"), TimeoutError()], ids=repr)
+async def test_a_failed_step_aborts_all_and_a_new_producer_writes_it_once(
+    rig: Rig, step: str, error: Exception
+) -> None:
+    """H20: the client would commit the rest of it; H18: its producer is good for nothing more."""
+    rig.log.fail(step, error)
+    for token in range(6):
+        rig.append(token, b"%d" % token)
+    await rig.begun()
+
+    await rig.acknowledged(*range(6))
+    assert rig.values() == [b"%d" % token for token in range(6)]
+    assert len(rig.log.producers) == 2
+    assert rig.log.producers[0].stopped
+    assert not rig.writer.stuck
+
+
+async def test_a_commit_whose_answer_is_lost_is_not_written_again(rig: Rig) -> None:
+    """H23: the group's own offset tells that it took effect."""
+    rig.log.commit_answers_lost = 1
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await rig.acknowledged(0)
+    assert rig.values() == [b"0"]
+    assert len(rig.log.producers) == 2
+
+
+async def test_whether_a_commit_took_effect_is_asked_until_there_is_an_answer(rig: Rig) -> None:
+    """H23: not knowing is no reason to write again."""
+    rig.log.commit_answers_lost = 1
+    rig.log.fail("question", ClusterUnavailable("away"), ClusterUnavailable("away"))
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await rig.acknowledged(0)
+    assert rig.values() == [b"0"]
+    assert not rig.log.failures["question"]
+
+
+async def test_who_is_no_member_any_more_starts_no_producer(rig: Rig) -> None:
+    """H21: it would fence the rightful owner, and write stale responses."""
+    rig.log.fail("commit", ProducerFenced())
+    rig.log.member = False
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await until(lambda: rig.assigned.lost)
+    assert (rig.values(), rig.assigned.acknowledged_tokens) == ([], [])
+    assert len(rig.log.producers) == 1
+
+
+async def test_a_record_that_is_too_large_is_replaced_in_its_place(rig: Rig) -> None:
+    """H18c, H20: its neighbours are written, in their order, and nothing of the first attempt is."""
+    rig.assigned.instead = lambda token: rig.append(token, b"too large")
+    for token, value in enumerate((b"0", b"x" * 2000, b"2")):
+        rig.append(token, value)
+    await rig.begun()
+
+    await rig.acknowledged(0, 1, 2)
+    assert rig.values() == [b"0", b"too large", b"2"]
+    assert rig.assigned.refused_tokens == [1]
+
+
+async def test_a_map_that_is_too_large_is_left_out_then_and_from_then_on(rig: Rig) -> None:
+    """Contract 3: `offset.metadata.max.bytes` may be lower than a map."""
+    rig.log.metadata_max = 40
+    rig.assigned.offset_map = "m" * 100
+    rig.append(0, b"0")
+    await rig.begun()
+    await rig.acknowledged(0)
+    rig.append(1, b"1")
+    await rig.acknowledged(0, 1)
+
+    assert rig.values() == [b"0", b"1"]
+    assert rig.assigned.committed == [(1, "", True), (2, "", True)]
+    assert len(rig.log.producers) == 2, "one refusal, one new producer"
+    assert rig.limit.fitting("m" * 51) == ""
+
+
+async def test_a_producer_that_cannot_start_is_tried_again(rig: Rig) -> None:
+    """H17, H26: producers are made anew, as often as it takes."""
+    rig.log.fail("start", OSError("refused"), RequestTimedOutError())
+
+    await rig.begun()
+
+    assert [producer.stopped for producer in rig.log.producers] == [True, True, False]
+    assert not rig.writer.stuck
+
+
+async def test_a_step_that_hangs_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H23, H24: the client asks a coordinator that has moved for ever; after a deadline the producer is replaced."""
+    monkeypatch.setattr(transactions_module, "STEP_TIMEOUT_SECONDS", 0.02)
+    await rig.begun()
+    hangs = asyncio.Event()
+    monkeypatch.setattr(rig.log.producers[0], "commit_transaction", hangs.wait)
+    rig.append(0, b"0")
+
+    await rig.acknowledged(0)
+    assert rig.values() == [b"0"]
+
+
+async def test_being_stuck_shows_while_it_lasts(rig: Rig) -> None:
+    """Contract 8, reason `output`."""
+    rig.log.fail("commit", ProducerFenced())
+    rig.log.fail("start", *[OSError("refused")] * 3)
+    await rig.writer.start()
+    rig.log.fail("start", *[OSError("refused")] * 1000)
+    rig.writer.begin(rig.assigned)
+    rig.append(0, b"0")
+
+    await until(lambda: rig.writer.stuck)
+    rig.log.failures["start"].clear()
+    await rig.acknowledged(0)
+    assert not rig.writer.stuck
