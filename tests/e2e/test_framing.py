@@ -6,6 +6,7 @@ import io
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import avro.io
@@ -19,6 +20,9 @@ from stages import SetStage
 
 OPERATION = (wire.SCHEMAS / "operation.avsc").read_text(encoding="utf-8")
 RESPONSE = (wire.SCHEMAS / "response.avsc").read_text(encoding="utf-8")
+
+CONFLUENT = Path(__file__).parents[1] / "fixtures" / "confluent_frames.json"
+"""Frames by confluent-kafka's serializer, recorded by `record_confluent_frames.py`."""
 
 RECURSIVE = {"type": "record", "name": "R", "fields": [{"name": "f", "type": ["null", "R"]}]}
 
@@ -116,6 +120,36 @@ def test_every_framing_is_read(broker: Broker, set_stage: SetStage, registry: St
     service.stop()
     ledger.read_all()
     assert str(ledger.verdict()).endswith("0 missing [], 0 surplus [], 0 mismatched []")
+
+
+@pytest.mark.slow
+def test_what_confluent_s_own_serializer_has_written_is_read(broker: Broker, set_stage: SetStage) -> None:
+    """Contract 2.4: id and GUID, in the value and in a header, of this schema and of a later producer's."""
+    recorded = json.loads(CONFLUENT.read_text(encoding="utf-8"))
+    registry = StandingRegistry()
+    for schema in recorded["schemas"]:
+        registry.stub.add(schema)
+    stage = set_stage(broker, schema_registry={"url": registry.stub.url})
+    service = stage.start(partitions=2)
+
+    entries = {
+        frame["key"]: stage.ledger.send(
+            bytes.fromhex(frame["value"]),
+            headers=[(name, bytes.fromhex(value)) for name, value in frame["headers"]],
+            request_id=f"r-{frame['key']}",
+            kind="head",
+            statuses={404},
+        )
+        for frame in recorded["frames"]
+    }
+    for key, sent in entries.items():
+        assert stage.ledger.answer(sent).response["key"] == key
+    service.stop()
+    registry.close()
+    stage.ledger.read_all()
+    verdict = stage.ledger.verdict()
+    assert (verdict.missing, verdict.duplicated, verdict.mismatched) == ([], {}, []), verdict
+    assert len(entries) == 4
 
 
 @pytest.mark.slow
