@@ -56,6 +56,9 @@ outcome
     What running an operation gave: a response or an error, as a value.
 poison record
     A record that never became an operation; answered with a failure and resolved.
+note, condemned
+    Which record of a partition is being decoded, in a file that outlives the process; a record that has ended two
+    processes that way, and is poison without being decoded again.
 permit, limiter, reservation, window
     The right to run one operation; what issues permits; permits taken at once; how many operations may be in flight.
 resolve, watermark, commit

@@ -34,11 +34,13 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from consumer.admin import AdminServer
@@ -70,6 +72,7 @@ from consumer.service import StorageService
 from consumer.stacks import task_stacks
 from consumer.storage.factory import make_change_log, make_high_volume, make_long_term, open_parts
 from consumer.storage.tiered import TieredStorage
+from consumer.suspects import Suspects
 from consumer.watchdog import LOOK_SECONDS, Suspicion, Watchdog, WatchdogTripped, watchdog_limits
 
 CLIENT_STOP_SECONDS = 3.0
@@ -370,6 +373,9 @@ class App:
             show_keys=config.admin.show_keys,
             compacted=plan.output_compacted,
             registry=self._schemas,
+            suspects=Suspects(
+                notes_folder(config), cluster_id=plan.cluster_id or "", group_id=config.kafka.group_id
+            ),
             poison=PoisonPolicy(
                 config.dead_letter.max_consecutive, config.dead_letter.max_ratio, config.dead_letter.ratio_window
             ),
@@ -551,6 +557,19 @@ class App:
                 async with asyncio.timeout(SAMPLE_SECONDS):
                     self._change_log_entries = await self._storage.change_log.count()
             await asyncio.sleep(SAMPLE_SECONDS)
+
+
+def notes_folder(config: Config) -> Path:
+    """Return where it is noted what is being decoded: beside the data, where there is any on this machine.
+
+    Else below the system's temporary folder, where each user has one.
+    """
+    storage = config.storage
+    for tier in (storage.high_volume, storage.change_log, storage.long_term):
+        path = getattr(tier, "path", None)
+        if path is not None:
+            return Path(path).absolute().parent / "decoding"
+    return Path(tempfile.gettempdir()) / f"tierstream-decoding-{os.getuid()}"
 
 
 def _at_most(limit: int, topic_limit: int | None, overhead: int) -> int:

@@ -19,6 +19,7 @@ Outcomes that are not the ordinary one:
 * A window that is idle while others wait is given up (:meth:`Assignment.give_up_window`); the partition then waits too.
 * A schema id not heard of, and no answer from the registry: the partition waits at that record (``registry``).
 * A record that the offset map of the last commit says is finished: it is tracked and dropped, neither run nor answered.
+* A record that has ended the process twice while it was decoded is poison without being decoded again.
 * A stuck record: reading stops ``DISTANCE_MAX`` offsets above it (``offset_distance``).
 * Too many poison records: the one that reaches the limit is the last one worked on. The partition reads nothing more
   (``poison_limit``), and its window and buffer are given back, so that the partitions beside it are not held up.
@@ -42,7 +43,7 @@ from uuid import UUID, uuid5
 
 from consumer.budget import ByteBudget
 from consumer.codec import Decoded, OperationDecoder, ResponseEncoder
-from consumer.errors import DEAD_LETTER_CODES, AtCapacity, OperationPanic, TierstreamError, TooLarge
+from consumer.errors import DEAD_LETTER_CODES, AtCapacity, DecodeError, OperationPanic, TierstreamError, TooLarge
 from consumer.executor import OldestOperation, StreamExecutor
 from consumer.log import get_logger, key_digest
 from consumer.metrics import UNKNOWN_KIND, Counts, OldestState, PartitionState
@@ -53,6 +54,7 @@ from consumer.poison import UNLIMITED, PoisonPolicy
 from consumer.registry import SchemaRegistry
 from consumer.responses import DeadLetters, Header, ResponseHeaders
 from consumer.service import StorageService
+from consumer.suspects import NOBODY, OFFSET, TIMESTAMP, Note, Suspects
 from consumer.watchdog import PartitionSeen
 
 Outcome: TypeAlias = OpResponse | Exception
@@ -147,6 +149,8 @@ class Pipeline:
     """The decoder's resolver, to be asked before a record with a schema it has not heard of is decoded."""
     poison: PoisonPolicy = UNLIMITED
     """How many poison records a partition may have."""
+    suspects: Suspects | None = None
+    """Knows the records that have ended a process while they were decoded; None = nobody does."""
 
     def lanes(self, partition: int) -> tuple[Lane, Lane | None]:
         """Return the shared lanes for responses and dead letters of an input partition."""
@@ -191,6 +195,7 @@ class Assignment:
         lanes: Where responses and dead letters go; None = the lanes all assignments share.
         poisoned: Called with this assignment when it has reached a limit of poison records.
         poison_limit: The limit this partition has reached before in this process, in words: nothing of it is read.
+        note: Where the record being decoded is noted; closed with the assignment.
     """
 
     def __init__(
@@ -209,6 +214,7 @@ class Assignment:
         lanes: tuple[Lane, Lane | None] | None = None,
         poisoned: Callable[[Assignment], None] = lambda _: None,
         poison_limit: str | None = None,
+        note: Note | None = None,
     ) -> None:
         self.topic = topic
         self.partition = partition
@@ -241,7 +247,7 @@ class Assignment:
         self._wanted = wanted
         self._freed = freed
         self._poisoned = poisoned
-        self._gauge = pipeline.poison.gauge()
+        self._gauge, self._note = pipeline.poison.gauge(), note
         self._encoder = ResponseEncoder(topic, partition, prefix=pipeline.response_prefix)
         self._headers = ResponseHeaders(topic, partition, pipeline.copy_headers, compacted=pipeline.compacted)
         self._lane, dead_letters = lanes or pipeline.lanes(partition)
@@ -269,7 +275,7 @@ class Assignment:
         elif poison_limit is None:
             self._starve()
         self._task = asyncio.create_task(self._run(), name=f"assignment {topic}/{partition} epoch {epoch}")
-        self._task.add_done_callback(lambda task: _report(task, failed))
+        self._task.add_done_callback(lambda task: _report(task, failed, note))
 
     # ------------------------------------------------------------------------------------------ records come in
 
@@ -449,7 +455,8 @@ class Assignment:
         pipeline = self._pipeline
         decode, schema_id_of, registry = pipeline.decoder.decode, pipeline.decoder.schema_id, pipeline.registry
         budget, counts, buffer, entries = pipeline.budget, self._counts, self._buffer, self._entries
-        gauge = self._gauge
+        gauge, note = self._gauge, self._note
+        slots, condemned = (None, frozenset()) if note is None else (note.slots, note.condemned)
         while not self._ending and self.poison_limit is None and not (self._giving_up and not buffer):
             chunk = self._next_chunk()
             if not self.fetching and len(buffer) <= BUFFER_RECORDS_RESUME:
@@ -469,7 +476,16 @@ class Assignment:
                         await self._ask(registry, schema_id)
                         if self._ending:
                             break  # type: ignore[unreachable]  # it changes while this generator is suspended
-                decoded = entry.decoded = decode(record.value, record.headers)
+                if slots is None:
+                    decoded = decode(record.value, record.headers)
+                elif condemned and (offset, record.timestamp) in condemned:
+                    decoded = self._undecoded(offset)
+                else:
+                    slots[TIMESTAMP] = record.timestamp
+                    slots[OFFSET] = offset
+                    decoded = decode(record.value, record.headers)
+                    slots[OFFSET] = NOBODY
+                entry.decoded = decoded
                 if gauge is not None and (limit := gauge.add(poison=decoded.poison)) is not None:
                     self._stop_reading(offset, limit)
                 operation = decoded.operation
@@ -486,6 +502,11 @@ class Assignment:
                 elif operation.kind == "insert" and operation.key is None and pipeline.derive_keys:
                     operation = self._with_key(operation, record)
                 yield offset, operation
+
+    def _undecoded(self, offset: int) -> Decoded:
+        """Make a poison record of one that must not be decoded again."""
+        log.error("record is poison, undecoded", topic=self.topic, partition=self.partition, offset=offset)
+        return Decoded(None, DecodeError("decoding the record has ended the process twice"), poison=True)
 
     def _stop_reading(self, offset: int, limit: str) -> None:
         """A limit of poison records is reached: the record at *offset* is the last one worked on."""
@@ -912,6 +933,8 @@ class _DeadLetterLane:
         self._lane.append(key, None, headers, self, token)
 
 
-def _report(task: asyncio.Task[None], failed: Callable[[BaseException], None]) -> None:
+def _report(task: asyncio.Task[None], failed: Callable[[BaseException], None], note: Note | None) -> None:
+    if note is not None:
+        note.close()
     if not task.cancelled() and (error := task.exception()) is not None:
         failed(error)

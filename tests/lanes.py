@@ -20,6 +20,7 @@ from consumer.permits import ConcurrencyLimiter
 from consumer.responses import Header
 from consumer.retry import RetryPolicy
 from consumer.service import StorageService
+from consumer.suspects import Note
 from wire import operation, read_response
 
 TIMESTAMP_MS = 1_700_000_000_000
@@ -184,7 +185,9 @@ class Workplace:
         """Reserve a window."""
         return self.service.stream(ordering=self.pipeline.ordering, window=permits)
 
-    def assign(self, partition: int = 0, window: int | None = 5, *, begin: int | None = 0) -> Assignment:
+    def assign(
+        self, partition: int = 0, window: int | None = 5, *, begin: int | None = 0, note: Note | None = None
+    ) -> Assignment:
         """Make an assignment, with a window unless that is None, and open it at *begin* unless that is None."""
         made = Assignment(
             self.pipeline,
@@ -197,6 +200,7 @@ class Workplace:
             failed=self.failures.append,
             wanted=self.wanted.append,
             freed=self._count_freed,
+            note=note,
         )
         self.assignments.append(made)
         if begin is not None:

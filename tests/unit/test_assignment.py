@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from consumer import assignment as assignment_module
+from consumer.codec import OperationDecoder
 from consumer.errors import BackendError, BackendUnavailable
 from consumer.offset_map import decode
 from consumer.operations import Metadata, StoredObject
 from consumer.storage.memory import MemoryBackend
 from consumer.storage.tiered import TieredStorage
+from consumer.suspects import NOBODY, OFFSET, TIMESTAMP, Note, Suspects
 from gates import GatedStorage, settled
 from lanes import TIMESTAMP_MS, Appended, CommandedLane, Fetched, Workplace, fetched, inserts, poison, until
 
@@ -486,6 +489,55 @@ class TestOutcomes:
 class _BrokenLane(CommandedLane):
     def append(self, *_: Any) -> None:
         raise ArithmeticError("broken")
+
+
+class TestSuspects:
+    """Records that have ended a process while they were decoded."""
+
+    async def test_a_condemned_record_is_poison_undecoded_and_its_neighbours_are_as_ever(
+        self, make: MakeWorkplace, tmp_path: Path
+    ) -> None:
+        """Hostile input, the belt: answered and dead-lettered, also where it would decode, in its place."""
+        suspects = Suspects(tmp_path / "notes", cluster_id="c", group_id="g")
+        for _ in range(2):
+            died = await asyncio.to_thread(suspects.open_notes, [("operations", 0)])
+            died["operations", 0].slots[TIMESTAMP] = TIMESTAMP_MS
+            died["operations", 0].slots[OFFSET] = 1
+            died["operations", 0].close()
+        note = (await asyncio.to_thread(suspects.open_notes, [("operations", 0)]))["operations", 0]
+        decoder = WatchingDecoder(note)
+        place = make(decoder=decoder)
+        assignment = place.assign(note=note)
+        place.responses.acknowledge_always()
+        place.dead_letters.acknowledge_always()
+
+        assignment.receive(inserts(0, 3))
+        await until(lambda: assignment.watermark == 3)
+
+        assert decoder.noted == [(0, TIMESTAMP_MS), (2, TIMESTAMP_MS)], "each while it was decoded, and no other"
+        assert note.slots[OFFSET] == NOBODY
+        found = {record.token: record.code for record in place.responses.appended}
+        assert found == {0: None, 1: "decode_error", 2: None}
+        (letter,) = place.dead_letters.appended
+        assert (letter.token, letter.value) == (1, inserts(1, 1)[0].value)
+        assert place.counts.poison == {"decode_error": 1}
+
+        assert await assignment.drain(5)
+        with pytest.raises(ValueError, match="released"):
+            note.slots[OFFSET] = 1
+
+
+class WatchingDecoder(OperationDecoder):
+    """Looks at what is noted while it decodes."""
+
+    def __init__(self, note: Note) -> None:
+        super().__init__()
+        self.noted: list[tuple[int, int]] = []
+        self._note = note
+
+    def decode(self, value: bytes | None, headers: Any = ()) -> Any:
+        self.noted.append((self._note.slots[OFFSET], self._note.slots[TIMESTAMP]))
+        return super().decode(value, headers)
 
 
 class TestOrdering:
