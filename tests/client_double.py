@@ -75,7 +75,7 @@ class ConsumerDouble:
             _fetch_task=forever, _records={}, _max_partition_fetch_bytes=1000, _fetch_max_bytes=5000
         )
         self._coordinator = SimpleNamespace(_coordination_task=forever, generation=-1, member_id="")
-        self._client = SimpleNamespace(_sync_task=forever)
+        self._client = SimpleNamespace(_sync_task=forever, cluster=SimpleNamespace(_last_successful_refresh_ms=0))
 
     # ------------------------------------------------------------------------------------------ for the test
 
@@ -280,6 +280,9 @@ class ClusterDouble:
         """Ends of logs are not told: no leader."""
         self.members: frozenset[str] = frozenset()
         """Who is in the group."""
+        self.group_state = "Stable"
+        self.open_transactions: dict[TopicPartition, int] = {}
+        """Where the oldest open transaction of a partition begins."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -298,17 +301,21 @@ class ClusterDouble:
             if partitions is None or partition in partitions
         }
 
-    async def offsets(self, partitions: Iterable[Partition], at: int) -> dict[Any, int]:
+    async def offsets(
+        self, partitions: Iterable[Partition], at: int, *, committed_only: bool = False
+    ) -> dict[Any, int]:
         await self._question()
         if at == LATEST and self.ends_unknown:
             raise ClusterUnavailable("no leader")
         asked = [TopicPartition(*partition) for partition in partitions]
+        if committed_only and self.open_transactions:
+            return {one: self.open_transactions[one] for one in asked}
         return {one: self._consumer.first.get(one, 0) if at == EARLIEST else self._consumer.end(one) for one in asked}
 
     async def group(self, group: str) -> GroupState:
         await self._question()
         assert group == "group"
-        return GroupState("Stable", len(self.members), self.members)
+        return GroupState(self.group_state, len(self.members), self.members)
 
     async def _question(self) -> None:
         self.asked += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from consumer.kafka.topics import ClusterUnavailable
 from consumer.metrics import PartitionState
 from consumer.offset_map import decode, encode
 from consumer.poison import PoisonLimitReached, PoisonPolicy
+from consumer.watchdog import Suspicion
 from gates import GatedStorage, settled
 from lanes import CommandedLane, Fetched, Workplace, fetched, inserts, poison, until
 
@@ -647,6 +649,39 @@ class TestWindows:
         rig.consumer.write("operations", starved["partition"], *inserts(0, 1))
 
         await rig.answered(0)
+
+    @pytest.mark.parametrize(("exhausted", "windows"), [("equal-share", 50), ("pause", 22)])
+    async def test_more_partitions_than_permits_is_a_normal_state(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch, exhausted: str, windows: int
+    ) -> None:
+        """Contract 4: 60 partitions on 50 permits; who has none says so, and all are served by and by.
+
+        By the share rule: 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 2, 2, 2, and nine times 1.
+        """
+        sixty = [TopicPartition("operations", number) for number in range(60)]
+        rig = make(limit=50, window_exhausted=exhausted, pipeline={"fraction": Fraction(1, 10)})
+        await rig.poller.start()
+        await rig.consumer.rebalance(*sixty)
+        await rig.opened(*sixty)
+
+        states = rig.poller.snapshot()
+        with_window = [state for state in states if state["window"]]
+        starved = [state for state in states if state["window"] == 0]
+        assert (len(with_window), len(starved)) == (windows, 60 - windows)
+        assert sum(state["window"] or 0 for state in with_window) == rig.place.limiter.in_use == 50
+        assert {tuple(state["paused_for"]) for state in starved} == {("at_capacity",)}
+        assert {tuple(state["paused_for"]) for state in with_window} == {()}
+        refused = rig.place.counts.reservations["at_capacity"]
+        await until(lambda: rig.place.counts.reservations["at_capacity"] >= refused + 2 * len(starved))
+
+        rig.place.responses.acknowledge_always()
+        for partition in sixty:
+            rig.consumer.write(*partition, *inserts(0, 3))
+        monkeypatch.setattr(assignment_module, "IDLE_SECONDS", 0.0)
+        await until(lambda: all(rig.state(partition)["lowest_unfinished"] == 3 for partition in sixty))
+
+        assert rig.place.limiter.in_use <= 50
+        assert len(rig.place.responses.appended) == 180
 
     async def test_a_poisoned_partition_takes_no_window_in_the_next_epoch(self, make: MakeRig) -> None:
         """Contract 5: it reads nothing more in this process, and its neighbours have the permits."""
@@ -1347,6 +1382,200 @@ class TestReadiness:
         await rig.join(FIRST, SECOND)
 
         assert [state["paused_for"] for state in rig.poller.snapshot()] == [["storage_unavailable", "output"]] * 2
+
+
+# ---------------------------------------------------------------------------------------------------- the watchdog
+
+
+STALL = Suspicion("stall", "operations/0 has not moved", ("operations", 0))
+POLL = Suspicion("poll", "the poll loop has not come round")
+METADATA = Suspicion("metadata", "the client has not learned where the brokers are")
+
+
+class TestObservation:
+    """What the watchdog is shown."""
+
+    async def test_what_moves_is_seen_moving(self, make: MakeRig) -> None:
+        """Rule 4: rounds of the loop, metadata, and where each partition is."""
+        rig = make()
+        await rig.join(FIRST)
+        before = rig.poller.observation()
+
+        rig.consumer._client.cluster._last_successful_refresh_ms += 1
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await rig.answered(0)
+        read = rig.poller.observation()
+        rig.place.responses.acknowledge()
+        finished = rig.poller.observation()
+        await rig.consumer.rebalance(FIRST)
+        await rig.opened(FIRST)
+        again = rig.poller.observation()
+
+        places = [seen.partitions[0].progress for seen in (before, read, finished, again)]
+        assert len(set(places)) == 4
+        assert read.polls > before.polls
+        assert read.metadata != before.metadata
+        assert again.epoch == before.epoch + 1
+        assert (before.rebalancing, before.dead) == (False, None)
+
+    async def test_a_rebalance_is_one_until_the_group_has_told(self, make: MakeRig) -> None:
+        """Hazard H5: what is ours is prepared then, which is no longer the group's affair."""
+        rig = make()
+        await rig.join(FIRST)
+        rig.cluster.held = asyncio.Event()
+        seen = []
+
+        await rig.consumer.revoke()
+        seen.append(rig.poller.observation())
+        await rig.consumer.assign(FIRST)
+        seen.append(rig.poller.observation())
+        rig.cluster.held.set()
+        await rig.opened(FIRST)
+
+        assert [one.rebalancing for one in seen] == [True, False]
+
+    async def test_a_dead_task_is_named(self, make: MakeRig) -> None:
+        """Hazard H3, also while a poll hangs that would have looked itself."""
+        rig = make()
+        await rig.join(FIRST)
+        await rig.consumer.revoke()
+        await rig.polled_again(0)
+
+        rig.consumer.dead("_fetch_task")
+
+        assert "_fetch_task" in str(rig.poller.observation().dead)
+        rig.consumer._fetcher._fetch_task = asyncio.get_running_loop().create_future()
+        await rig.consumer.assign(FIRST)
+
+    async def test_why_a_partition_stands_is_told(self, make: MakeRig) -> None:
+        """Its own reasons, those of all, the age of its oldest operation, and what it holds."""
+        rig = make(GatedStorage("object-0"), output_stuck=lambda: True)
+        await rig.join(FIRST)
+        (idle,) = rig.poller.observation().partitions
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await until(lambda: rig.state()["in_flight"] == 1)
+
+        (busy,) = rig.poller.observation().partitions
+
+        assert (idle.oldest_seconds, idle.holds_bytes, idle.holds_permits) == (None, False, True)
+        assert busy.oldest_seconds is not None
+        assert (busy.oldest_seconds >= 0, busy.holds_bytes, busy.holds_permits) == (True, True, True)
+        assert list(busy.reasons) == ["output"]
+        assert (idle.lag, busy.lag) == (0, 1)
+
+    async def test_a_partition_that_waits_for_its_older_run_shows_its_age(self, make: MakeRig) -> None:
+        """Contract 3: as long as the older run can still end, that is the reason."""
+        rig = make(GatedStorage("object-0"), drain_timeout_seconds=0.01)
+        await rig.join(FIRST)
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await until(lambda: rig.state()["in_flight"] == 1)
+        await rig.consumer.rebalance(FIRST)
+        await until(lambda: bool(rig.poller.snapshot()))
+
+        (waiting,) = rig.poller.observation().partitions
+
+        assert waiting.lag is None
+        assert waiting.oldest_seconds is not None
+        assert waiting.holds_permits
+
+    async def test_what_cannot_or_may_not_be_read_is_a_reason(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A restart would meet the same batch, and the same authorisation."""
+        monkeypatch.setattr(poller_module, "UNREADABLE_SECONDS", LONG_SECONDS)
+        rig = make()
+        await rig.join(FIRST, SECOND)
+        rig.consumer.damaged.add(FIRST)
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await until(lambda: any("cannot be read" in reason for reason in rig.poller.not_ready()))
+        damaged = {one.partition: list(one.reasons) for one in rig.poller.observation().partitions}
+        rig.consumer.poll_always_fails = TopicAuthorizationFailedError("operations")
+        await until(lambda: any("polling fails" in reason for reason in rig.poller.not_ready()))
+        refused_too = {one.partition: list(one.reasons) for one in rig.poller.observation().partitions}
+        rig.consumer.poll_always_fails = None
+
+        assert damaged == {0: ["unreadable"], 1: []}
+        assert refused_too == {0: ["refused", "unreadable"], 1: ["refused"]}
+
+
+class TestConfirming:
+    """A suspicion is held against the brokers."""
+
+    async def test_a_dead_task_needs_no_asking(self, make: MakeRig) -> None:
+        """It never comes to life again."""
+        rig = make()
+        await rig.join(FIRST)
+        asked = rig.cluster.asked
+
+        assert await rig.poller.confirms(Suspicion("client", "dead"))
+        assert rig.cluster.asked == asked
+
+    @pytest.mark.parametrize("suspicion", [STALL, POLL, METADATA], ids=lambda suspicion: suspicion.kind)
+    async def test_brokers_that_do_not_answer_excuse_everything_else(
+        self, make: MakeRig, suspicion: Suspicion
+    ) -> None:
+        """Contract 6: an unreachable broker is no exit."""
+        rig = make()
+        await rig.join(FIRST)
+        rig.consumer.paused.add(FIRST)  # by nobody: what is written now is not delivered
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        assert await rig.poller.confirms(suspicion)
+
+        rig.cluster.failures.append(ClusterUnavailable("gone"))
+
+        assert not await rig.poller.confirms(suspicion)
+
+    async def test_a_group_that_rebalances_excuses_a_poll_that_waits_for_it(self, make: MakeRig) -> None:
+        """Hazard H5: another member holds it up; that says nothing of metadata."""
+        rig = make()
+        await rig.join(FIRST)
+        rig.cluster.group_state = "PreparingRebalance"
+
+        assert not await rig.poller.confirms(POLL)
+        assert await rig.poller.confirms(METADATA)
+
+    async def test_a_stall_is_one_where_there_is_something_to_read(self, make: MakeRig) -> None:
+        """The brokers' own answer counts, not what the client last heard."""
+        rig = make()
+        await rig.join(FIRST)
+        assert not await rig.poller.confirms(STALL)
+        rig.consumer.paused.add(FIRST)
+
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+
+        assert await rig.poller.confirms(STALL)
+
+    async def test_what_lies_behind_an_open_transaction_is_not_to_be_read(self, make: MakeRig) -> None:
+        """A producer may keep one open for many minutes; `read_committed` waits for its end."""
+        rig = make()
+        rig.consumer.write(*FIRST, *inserts(0, 3))
+        rig.place.responses.acknowledge_always()
+        await rig.join(FIRST)
+        await until(lambda: rig.state()["lowest_unfinished"] == 3)
+        rig.cluster.open_transactions[FIRST] = 3
+        rig.consumer.paused.add(FIRST)
+        rig.consumer.write(*FIRST, *inserts(3, 2))
+
+        assert not await rig.poller.confirms(STALL)
+
+        rig.cluster.open_transactions[FIRST] = 5
+        assert await rig.poller.confirms(STALL)
+
+    async def test_records_that_were_fetched_and_go_nowhere_are_a_stall(self, make: MakeRig) -> None:
+        """Everything is read, and not answered: that is ours."""
+        rig = make()
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await rig.join(FIRST)
+        await rig.answered(0)
+
+        assert await rig.poller.confirms(STALL)
+
+    async def test_a_partition_that_is_gone_stalls_nobody(self, make: MakeRig) -> None:
+        """Revoked while the brokers were asked."""
+        rig = make()
+        await rig.join(SECOND)
+
+        assert not await rig.poller.confirms(STALL)
 
 
 # ---------------------------------------------------------------------------------------------------- exactly-once
