@@ -63,9 +63,8 @@ def test_a_record_that_ends_the_process_twice_is_answered_undecoded(
     assert deaths == [128 + signal.SIGSEGV] * 4
     for killer in killers:
         (answer,) = ledger.answers[killer.id]
-        failure = answer.response["result"]
-        assert failure["code"] == "decode_error"
-        assert failure["message"] == "decoding the record has ended the process twice"
+        assert answer.code == "decode_error"
+        assert answer.result["message"] == "decoding the record has ended the process twice"
         ledger.wait_dead_letter(killer)
     last.stop()
     ledger.read_all()

@@ -16,8 +16,10 @@ import pytest
 from consumer import assignment as assignment_module
 from consumer.codec import OperationDecoder
 from consumer.errors import BackendError, BackendUnavailable
+from consumer.ids import ObjectId
 from consumer.offset_map import decode
 from consumer.operations import Metadata, StoredObject
+from consumer.storage.backend import Payload
 from consumer.storage.memory import MemoryBackend
 from consumer.storage.tiered import TieredStorage
 from consumer.suspects import NOBODY, OFFSET, TIMESTAMP, Note, Suspects
@@ -538,6 +540,82 @@ class WatchingDecoder(OperationDecoder):
     def decode(self, value: bytes | None, headers: Any = ()) -> Any:
         self.noted.append((self._note.slots[OFFSET], self._note.slots[TIMESTAMP]))
         return super().decode(value, headers)
+
+
+class TestFlood:
+    """A partition of nothing but poison beside others."""
+
+    async def test_it_leaves_a_healthy_neighbour_four_fifths_of_all_that_is_done(self, make: MakeWorkplace) -> None:
+        """Contract 4: counted in records, while both have as many as they can take; a fair half is too much here."""
+        place = make(StorageThatTakesTurns(), limit=100)
+        place.responses.acknowledge_always()
+        place.dead_letters.acknowledge_always()
+        healthy, flooded = place.assign(0, 50), place.assign(1, 50)
+        good, bad = fetched("head", 0).value, poison(0).value
+
+        while healthy.watermark < 10_000:
+            for assignment, value in ((healthy, good), (flooded, bad)):
+                if assignment.snapshot(())["buffered"] < 500:
+                    first = assignment.cursor
+                    assignment.receive([Fetched(offset, value) for offset in range(first, first + 500)])
+            await asyncio.sleep(0)
+
+        done = healthy.watermark + flooded.watermark
+        assert flooded.watermark > 500, "it goes on all the same"
+        assert healthy.watermark >= 0.8 * done
+
+    async def test_alone_it_waits_for_nobody(self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody else has anything to do."""
+        monkeypatch.setattr(assignment_module, "POISON_PAUSE_SECONDS", 0.0)
+        place = make()
+        place.responses.acknowledge_always()
+        place.dead_letters.acknowledge_always()
+        assignment = place.assign()
+
+        assignment.receive([poison(offset) for offset in range(2_000)])
+
+        await until(lambda: assignment.watermark == 2_000)
+
+    async def test_a_good_record_ends_it(self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A producer with a fault now and then is no flood."""
+        monkeypatch.setattr(assignment_module, "POISON_PAUSE_SECONDS", 3600.0)
+        place = make()
+        place.responses.acknowledge_always()
+        place.dead_letters.acknowledge_always()
+        assignment = place.assign()
+
+        assignment.receive(
+            [fetched("head", offset) if offset % 200 == 199 else poison(offset) for offset in range(2_000)]
+        )
+
+        await until(lambda: assignment.watermark == 2_000)
+
+    async def test_it_drains_though_the_others_have_not_run_their_share(
+        self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Contract 3: a drain does not wait for what it does not need."""
+        monkeypatch.setattr(assignment_module, "OPERATIONS_PER_POISON", 1_000_000)
+        place = make(StorageThatTakesTurns())
+        place.responses.acknowledge_always()
+        place.dead_letters.acknowledge_always()
+        healthy, flooded = place.assign(0), place.assign(1)
+        healthy.receive(inserts(0, 500))
+        flooded.receive([poison(offset) for offset in range(2_000)])
+        await until(lambda: flooded.watermark >= assignment_module.POISON_RUN - 1)
+
+        assert await flooded.drain(5)
+
+
+class StorageThatTakesTurns(GatedStorage):
+    """Each call suspends once, as a call to any real storage does."""
+
+    async def head(self, object_id: ObjectId) -> Metadata | None:
+        await asyncio.sleep(0)
+        return None
+
+    async def put(self, object_id: ObjectId, metadata: Metadata, payload: Payload) -> Metadata:
+        await asyncio.sleep(0)
+        return metadata
 
 
 class TestOrdering:

@@ -1,0 +1,106 @@
+"""Storage that cannot be written to for a while: back-pressure by default, answers where that is asked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from brokers import Broker
+from ledger import Entry
+from outages import locked
+from stages import SetStage, Stage
+
+RETRY = {"attempts": 2, "initial": "20ms", "max": "200ms"}
+
+
+def insert_some(stage: Stage, name: str, *statuses: int, number: int = 20) -> list[Entry]:
+    """Produce inserts to both partitions."""
+    return [
+        entry
+        for count in range(number)
+        for entry in stage.ledger.operate(
+            "insert", f"{name}/{count}", b"x", partition=count % 2, statuses=set(statuses)
+        )
+    ]
+
+
+def answered_at_all(stage: Stage, entries: list[Entry]) -> int:
+    """How many of *entries* have a response once everything on the output topic is read."""
+    stage.ledger.read_all()
+    return stage.ledger.answered(entries)
+
+
+@pytest.mark.slow
+def test_by_default_an_outage_pauses_and_nothing_fails(broker: Broker, set_stage: SetStage) -> None:
+    """Contract 6, `retry.exhausted: block`: reasons shown, permits held, nothing answered; it goes on by itself."""
+    stage = set_stage(broker, retry={**RETRY, "attempt_timeout": "20s"})
+    service = stage.start(partitions=2)
+    before = insert_some(stage, "before", 201)
+    stage.ledger.wait_answered(before)
+    service.wait(lambda: sum(stage.ledger.committed(stage.group).values()) == 20, "what was answered to be committed")
+
+    with locked(stage.config["storage"]["high_volume"]["path"]):
+        during = insert_some(stage, "during", 201)
+        service.wait(
+            lambda: all(
+                one["paused_for"] == ["storage_unavailable"] and one["in_flight"] == 10
+                for one in service.partitions().values()
+            ),
+            "both partitions to be paused, with everything in flight",
+            60,
+        )
+        first = {name: one["oldest"]["attempts"] for name, one in service.partitions().items()}
+        service.wait(
+            lambda: all(one["oldest"]["attempts"] > first[name] for name, one in service.partitions().items()),
+            "further attempts",
+            60,
+        )
+        state, metrics, ready = service.state(), service.metrics(), service.get("/readyz")
+
+        assert answered_at_all(stage, during) == 0
+        assert sum(stage.ledger.committed(stage.group).values()) == 20
+        assert state["storage"]["blocked"]
+        assert all(one["oldest"]["last_error"] == "backend_unavailable" for one in state["partitions"])
+        assert (ready[0], json.loads(ready[1])["reasons"]) == (503, ["storage unavailable"])
+        paused = [value for name, value in metrics.items() if 'reason="storage_unavailable"' in name]
+        assert paused == [1, 1]
+
+    stage.ledger.wait_answered(during, seconds=60)
+    service.wait(lambda: service.ready, "the service to be ready again")
+    service.stop()
+    stage.ledger.read_all()
+    verdict = stage.ledger.verdict()
+    assert (verdict.missing, verdict.duplicated, verdict.mismatched) == ([], {}, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attempt_timeout", "status", "code"),
+    [("20s", 503, "backend_unavailable"), ("1s", 504, "timeout")],
+    ids=["unavailable", "too-late"],
+)
+def test_where_that_is_asked_for_attempts_used_up_are_an_answer(
+    broker: Broker, set_stage: SetStage, attempt_timeout: str, status: int, code: str
+) -> None:
+    """Contract 2.2 and 6, `retry.exhausted: answer`: each record one failure, retriable, not dead-lettered."""
+    stage = set_stage(broker, retry={**RETRY, "attempt_timeout": attempt_timeout, "exhausted": "answer"})
+    service = stage.start(partitions=2)
+    stage.ledger.wait_answered(insert_some(stage, "before", 201, number=2))
+
+    with locked(stage.config["storage"]["high_volume"]["path"]):
+        during = insert_some(stage, "during", status)
+        stage.ledger.wait_answered(during, seconds=90)
+        assert service.ready
+    after = insert_some(stage, "after", 201)
+    stage.ledger.wait_answered(after, seconds=60)
+
+    for entry in during:
+        (answer,) = stage.ledger.answers[entry.id]
+        assert (answer.code, answer.result["retriable"]) == (code, True)
+    assert not stage.ledger.dead_letters
+    service.wait(lambda: sum(stage.ledger.committed(stage.group).values()) == 42, "everything to be committed")
+    service.stop()
+    stage.ledger.read_all()
+    verdict = stage.ledger.verdict()
+    assert (verdict.missing, verdict.duplicated, verdict.mismatched) == ([], {}, [])
