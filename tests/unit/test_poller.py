@@ -1570,6 +1570,20 @@ class TestConfirming:
 
         assert await rig.poller.confirms(STALL)
 
+    async def test_a_partition_that_is_not_opened_though_its_start_can_be_asked_for_is_a_stall(
+        self, make: MakeRig
+    ) -> None:
+        """Whether there is something to read is not known then."""
+        rig = make(GatedStorage("object-0"), drain_timeout_seconds=0.01)
+        await rig.join(FIRST)
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await until(lambda: rig.state()["in_flight"] == 1)
+        await rig.consumer.rebalance(FIRST)
+        await until(lambda: bool(rig.poller.snapshot()))
+        rig.cluster.open_transactions[FIRST] = 0
+
+        assert await rig.poller.confirms(STALL)
+
     async def test_a_partition_that_is_gone_stalls_nobody(self, make: MakeRig) -> None:
         """Revoked while the brokers were asked."""
         rig = make()

@@ -167,9 +167,9 @@ def test_files_are_their_owners_alone(folder: Path) -> None:
     assert modes == [0o700, 0o600]
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "open to all"])
+@pytest.mark.parametrize("kind", ["file", "link", "open to all", "another's"])
 def test_a_folder_that_is_not_ours_alone_is_not_used_and_that_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """There are no notes then; the service runs as well."""
     folder = tmp_path / "decoding"
@@ -178,6 +178,9 @@ def test_a_folder_that_is_not_ours_alone_is_not_used_and_that_is_said_once(
     elif kind == "link":
         (tmp_path / "elsewhere").mkdir(mode=0o700)
         folder.symlink_to(tmp_path / "elsewhere")
+    elif kind == "another's":
+        folder.mkdir(mode=0o700)
+        monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
     else:
         folder.mkdir()
         folder.chmod(0o777)
