@@ -12,6 +12,7 @@ from outages import locked
 from stages import SetStage, Stage
 
 RETRY = {"attempts": 2, "initial": "20ms", "max": "200ms"}
+"""An attempt at a locked database fails after a few seconds by itself."""
 
 
 def insert_some(stage: Stage, name: str, *statuses: int, number: int = 20) -> list[Entry]:
@@ -61,7 +62,7 @@ def test_by_default_an_outage_pauses_and_nothing_fails(broker: Broker, set_stage
         assert answered_at_all(stage, during) == 0
         assert sum(stage.ledger.committed(stage.group).values()) == 20
         assert state["storage"]["blocked"]
-        assert all(one["oldest"]["last_error"] == "backend_unavailable" for one in state["partitions"])
+        assert {one["oldest"]["last_error"] for one in state["partitions"]} <= {"backend_unavailable", "timeout"}
         assert (ready[0], json.loads(ready[1])["reasons"]) == (503, ["storage unavailable"])
         paused = [value for name, value in metrics.items() if 'reason="storage_unavailable"' in name]
         assert paused == [1, 1]
@@ -77,7 +78,7 @@ def test_by_default_an_outage_pauses_and_nothing_fails(broker: Broker, set_stage
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("attempt_timeout", "status", "code"),
-    [("20s", 503, "backend_unavailable"), ("1s", 504, "timeout")],
+    [("100s", 503, "backend_unavailable"), ("1s", 504, "timeout")],
     ids=["unavailable", "too-late"],
 )
 def test_where_that_is_asked_for_attempts_used_up_are_an_answer(
@@ -89,7 +90,7 @@ def test_where_that_is_asked_for_attempts_used_up_are_an_answer(
     stage.ledger.wait_answered(insert_some(stage, "before", 201, number=2))
 
     with locked(stage.config["storage"]["high_volume"]["path"]):
-        during = insert_some(stage, "during", status)
+        during = insert_some(stage, "during", status, number=4)
         stage.ledger.wait_answered(during, seconds=90)
         assert service.ready
     after = insert_some(stage, "after", 201)
@@ -99,7 +100,7 @@ def test_where_that_is_asked_for_attempts_used_up_are_an_answer(
         (answer,) = stage.ledger.answers[entry.id]
         assert (answer.code, answer.result["retriable"]) == (code, True)
     assert not stage.ledger.dead_letters
-    service.wait(lambda: sum(stage.ledger.committed(stage.group).values()) == 42, "everything to be committed")
+    service.wait(lambda: sum(stage.ledger.committed(stage.group).values()) == 26, "everything to be committed")
     service.stop()
     stage.ledger.read_all()
     verdict = stage.ledger.verdict()
