@@ -367,6 +367,42 @@ class TestParts:
         assert storage_service.limiter.in_use == 0
 
 
+    async def test_what_does_not_end_at_its_time_limit_keeps_permit_and_turn_until_it_has_ended(self) -> None:
+        """Contract 2.2: the effect may still happen, so nothing on that object runs, and no permit is free."""
+
+        class Stubborn(GatedStorage):
+            cancelled = asyncio.Event()
+
+            async def put(self, object_id: ObjectId, metadata: Metadata, payload: Payload) -> Metadata:
+                try:
+                    return await super().put(object_id, metadata, payload)
+                except asyncio.CancelledError:
+                    self.cancelled.set()
+                    await super().put(object_id, metadata, payload)  # a thread that nobody can stop
+                    raise
+
+        storage = Stubborn("k")
+        retry = RetryPolicy(1, 0, 0, "answer", attempt_timeout_seconds=0.001)
+        storage_service = service(storage, 3, retry=retry)
+        executor = storage_service.stream(ordering="key", window=3)
+        outcomes = executor.execute(Source([insert("k"), get("k"), get("other")]))
+        assert (await anext(outcomes))[0] == 2
+        second = asyncio.create_task(outcomes.__anext__())
+
+        await storage.cancelled.wait()
+        await settled()
+        held = storage_service.limiter.in_use, executor.in_flight, second.done(), ("get", "k") in storage.calls
+        storage.let_go("k")
+        first_outcome = await second
+        last_outcome = await anext(outcomes)
+        assert await anext(outcomes, None) is None
+
+        assert held == (3, 1, False, False)
+        assert (first_outcome[0], getattr(first_outcome[1], "code", None)) == (0, "timeout")
+        assert last_outcome == (1, Got("k", StoredObject(Metadata(), b"payload"))), "the effect had happened after all"
+        assert storage_service.limiter.in_use == 0
+
+
 class TestJoin:
     """The end of everything that was begun."""
 
