@@ -67,6 +67,7 @@ from consumer.storage.bigtable_table import (
     Cells,
     Change,
     Filter,
+    RowReader,
     TableName,
     any_of,
     cell,
@@ -151,6 +152,8 @@ class BigtableBackend:
         self._whole = columns(b"[pmwrt]")
         self._head = columns(b"[mrt]")
         self._tombstone = columns(b"[rt]")
+        self._objects = RowReader(self._table, columns(b"[pmrt]"))
+        self._heads = RowReader(self._table, self._head)
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
@@ -182,11 +185,11 @@ class BigtableBackend:
 
     async def get_tiered(self, object_id: ObjectId) -> TieredRead:
         """Read the row (HV-2)."""
-        return self._read(await self._table.read(_key(object_id), self._whole))
+        return self._read(await self._objects.read(_key(object_id)))
 
     async def head_tiered(self, object_id: ObjectId) -> TieredHead:
         """Read the row without its payload (HV-2)."""
-        cells = await self._table.read(_key(object_id), self._head)
+        cells = await self._heads.read(_key(object_id))
         now = self._clock()
         return _tombstone(cells, now) or _object(cells, now)
 
@@ -270,7 +273,9 @@ class BigtableBackend:
         """Return at once: nothing runs in the background (HV-11)."""
 
     async def close(self) -> None:
-        """Let go of the connection; a second call does nothing."""
+        """End reads and let go of the connection; a second call does nothing."""
+        await self._objects.close()
+        await self._heads.close()
         await self._table.close()
 
     # ------------------------------------------------------------------------------------------------- inside

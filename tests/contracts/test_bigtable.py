@@ -536,6 +536,154 @@ class TestRaces:
         assert await backend.get_tiered(an_id()) == StoredObject(Metadata(size=1), b"x")
 
 
+class TestGroups:
+    """Rows asked for at the same time."""
+
+    @pytest.mark.parametrize("request_", ["get", "head"])
+    async def test_a_window_of_reads_is_one_request(
+        self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId, request_: str
+    ) -> None:
+        """Each gets its own row, of whatever kind; a row asked for twice is read once."""
+        for number in range(0, 50, 3):
+            await backend.put_non_tombstone(an_id(str(number)), Metadata(), b"%d" % number)
+            await backend.compare_and_write(an_id(str(number + 1)), None, Tombstone(A, Metadata(size=number)))
+        connection.sent.clear()
+
+        read: Callable[[ObjectId], Awaitable[Any]] = backend.get_tiered if request_ == "get" else backend.head_tiered
+        found = await asyncio.gather(*(read(an_id(str(number % 45))) for number in range(60)))
+
+        assert connection.sent == ["read_rows"]
+        for number, row in enumerate(found):
+            kind, key = (number % 45) % 3, number % 45
+            if kind == 0:
+                metadata = Metadata(size=len(str(key)))
+                assert row == (StoredObject(metadata, b"%d" % key) if request_ == "get" else metadata)
+            else:
+                assert row == (Tombstone(A, Metadata(size=key - 1)) if kind == 1 else None)
+
+    async def test_more_rows_than_a_request_takes(
+        self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
+    ) -> None:
+        await backend.put_non_tombstone(an_id("119"), Metadata(), b"x")
+        connection.sent.clear()
+
+        found = await asyncio.gather(*(backend.get_tiered(an_id(str(number))) for number in range(120)))
+
+        assert connection.sent == ["read_rows"] * 3
+        assert found == [None] * 119 + [StoredObject(Metadata(size=1), b"x")]
+
+    async def test_a_group_that_fails_is_read_row_by_row_and_only_one_at_fault_fails(
+        self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
+    ) -> None:
+        """And the others as ever: with attempts of their own."""
+        for key in "abc":
+            await backend.put_non_tombstone(an_id(key), Metadata(), key.encode())
+        connection.not_sent("read_rows", lost())
+        connection.not_sent("read_row", google.PermissionDenied("x"))
+        connection.not_sent("read_row", lost(), ATTEMPTS - 1)
+
+        found = await asyncio.gather(*(backend.get_tiered(an_id(key)) for key in "abc"), return_exceptions=True)
+
+        assert [type(one) for one in found].count(BackendError) == 1
+        for key, one in zip("abc", found, strict=True):
+            assert isinstance(one, BackendError) or one == StoredObject(Metadata(size=1), key.encode())
+
+    async def test_a_damaged_row_is_damaged_for_itself_alone(self, backend: BigtableBackend, an_id: AnId) -> None:
+        for key in "ab":
+            await backend.put_non_tombstone(an_id(key), Metadata(), b"x")
+        await remove_cell(backend, an_id("a"), "fm", b"p")
+
+        damaged, whole = await asyncio.gather(
+            backend.get_tiered(an_id("a")), backend.get_tiered(an_id("b")), return_exceptions=True
+        )
+
+        assert isinstance(damaged, BackendError)
+        assert whole == StoredObject(Metadata(size=1), b"x")
+
+    async def test_a_read_sees_what_was_answered_before_it_though_others_are_on_their_way(
+        self, backend: BigtableBackend, other: BigtableBackend, connection: FaultyConnection, an_id: AnId
+    ) -> None:
+        """It joins no request that has been sent."""
+        sent, go_on = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            sent.set()
+            await go_on.wait()
+
+        connection.after("read_rows", hold)
+        early = [asyncio.create_task(backend.get_tiered(an_id(key))) for key in "ab"]
+        await sent.wait()
+        await other.put_non_tombstone(an_id("a"), Metadata(), b"x")
+
+        assert await backend.get_tiered(an_id("a")) == StoredObject(Metadata(size=1), b"x")
+        go_on.set()
+        assert await asyncio.gather(*early) == [None, None]
+
+    async def test_what_gathers_behind_requests_on_their_way_is_sent_after_them(
+        self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
+    ) -> None:
+        """At most four at a time; the rest as one."""
+        sent, go_on = asyncio.Queue[None](), asyncio.Event()
+
+        async def hold() -> None:
+            sent.put_nowait(None)
+            await go_on.wait()
+
+        readers = []
+        for number in range(4):
+            connection.after("read_rows", hold)
+            readers += [asyncio.create_task(backend.get_tiered(an_id(f"{number}{key}"))) for key in "ab"]
+            await sent.get()
+        for key in "cdefg":
+            readers.append(asyncio.create_task(backend.get_tiered(an_id(key))))
+            await asyncio.sleep(0)
+        assert connection.sent == ["read_rows"] * 4
+        go_on.set()
+
+        assert await asyncio.gather(*readers) == [None] * 13
+        assert connection.sent == ["read_rows"] * 5
+
+    async def test_a_cancelled_reader_disturbs_nobody(
+        self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
+    ) -> None:
+        """Before its request is sent, and while it is on its way."""
+        sent, go_on = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            sent.set()
+            await go_on.wait()
+
+        connection.after("read_rows", hold)
+        early, late, staying, other_one = (asyncio.create_task(backend.get_tiered(an_id(key))) for key in "abcd")
+        await asyncio.sleep(0)
+        early.cancel()
+        await sent.wait()
+        late.cancel()
+        go_on.set()
+
+        outcomes = await asyncio.gather(early, late, staying, other_one, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes[:2]] == [asyncio.CancelledError] * 2
+        assert (outcomes[2], outcomes[3]) == (None, None)
+
+    async def test_closing_ends_reads_on_their_way(
+        self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
+    ) -> None:
+        """Nothing is left behind."""
+        sent = asyncio.Event()
+
+        async def hang() -> None:
+            sent.set()
+            await asyncio.Event().wait()
+
+        connection.after("read_rows", hang)
+        reads = [asyncio.create_task(backend.get_tiered(an_id(key))) for key in "ab"]
+        await sent.wait()
+        await backend.close()
+
+        outcomes = await asyncio.gather(*reads, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 2
+
+
 class TestLimits:
     """Held by us: the emulator takes anything."""
 
