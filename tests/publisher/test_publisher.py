@@ -345,7 +345,7 @@ async def test_a_batch_that_is_too_large_is_split(broker: Broker, make: Callable
 async def test_a_record_that_is_too_large_goes_back_to_its_owner(
     broker: Broker, make: Callable[..., Publisher]
 ) -> None:
-    """K-9: never a stuck partition; the smaller answer takes the place of the one refused, so the order is kept."""
+    """K-9, H18c: never a stuck partition; the smaller answer takes the refused one's place, so the order is kept."""
 
     class Answering(Owner):
         def refused(self, token: int) -> None:
@@ -402,7 +402,7 @@ async def test_a_record_larger_than_a_batch_goes_alone(apache: Broker, make: Cal
 async def test_bytes_on_their_way_are_bounded_over_all_lanes(
     embedded: Broker, make: Callable[..., Publisher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request carries the batches of all lanes; a request above the broker's limit would be sent again for ever."""
+    """H18e: one request carries the batches of all lanes; one above the broker's limit would be sent again for ever."""
     monkeypatch.setattr(publisher_module, "SENDING_BYTES_MAX", 5_000)
     under_way: list[int] = []
     most: list[int] = []
@@ -603,7 +603,7 @@ async def test_an_owner_that_raises_is_heard_of(
 async def test_a_record_that_is_no_record_is_heard_of(
     embedded: Broker, make: Callable[..., Publisher], failures: list[BaseException]
 ) -> None:
-    """Text instead of bytes: the client refuses it, and would refuse it for ever."""
+    """H18d: text instead of bytes: the client refuses it, and would refuse it for ever."""
     publisher = make(Producers(embedded.bootstrap))
     await publisher.start()
     lane = publisher.lane(embedded.create_topic("text"), 0)

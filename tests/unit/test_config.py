@@ -546,7 +546,7 @@ class TestContradictions:
     def test_settings_that_exclude_each_other_are_both_named(
         self, tmp_path: Path, text: str, first: str, second: str
     ) -> None:
-        """Contract 6: cross-field rules, each with a message that names both settings, and the line of what was set."""
+        """Contract 6, H16d: cross-field rules, each naming both settings, and the line of what was set."""
         (problem,) = problems(tmp_path, text)
 
         assert first in problem

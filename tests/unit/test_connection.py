@@ -77,7 +77,7 @@ class TestSettings:
         assert consumer_settings(configured())["partition_assignment_strategy"] == (StickyPartitionAssignor,)
 
     def test_timing_is_the_configured_one_in_milliseconds(self) -> None:
-        """H11: without a rebalance timeout of its own it would be the session timeout."""
+        """H11: without a rebalance timeout of its own it would be the session timeout; H16i, H32: not the defaults."""
         given = consumer_settings(configured(kafka__session_timeout="6s", kafka__heartbeat_interval="500ms"))
 
         assert (given["session_timeout_ms"], given["heartbeat_interval_ms"]) == (6000, 500)

@@ -474,7 +474,7 @@ class StalledLoop:
 
 
 def test_the_loop_lag_is_the_worst_of_the_last_quarter_minute() -> None:
-    """A stall between two scrapes is seen by the second one, and is gone from the one after."""
+    """H9: a stall between two scrapes is seen by the second one, and is gone from the one after."""
     loop, lag = StalledLoop(), EventLoopLag()
     unknown = lag.seconds
     lag.start(cast("asyncio.AbstractEventLoop", loop))

@@ -35,6 +35,7 @@ class TestIdentity:
         [(0, 1, 0), (0, 5, 0), (4, 5, 4), (5, 5, 0), (7, 5, 2), (11, 12, 11), (100, 3, 1)],
     )
     def test_the_partition_is_the_input_s_or_folded(self, partition: int, count: int, expected: int) -> None:
+        """H18g: named by us; the client's hash of the key would change with the number of partitions."""
         assert response_partition(partition, count) == expected
 
 
