@@ -239,6 +239,14 @@ def test_values_that_cannot_be_meant_are_refused_by_name(change: Manifest, said:
     assert said in str(caught.value)
 
 
+def test_the_values_shown_in_the_readme_render() -> None:
+    """They can be copied as they are."""
+    text = (CHART / "README.md").read_text(encoding="utf-8")
+    shown = text[text.index("```yaml") + len("```yaml") : text.index("```\n\n*")]
+
+    assert only(render(yaml.safe_load(shown)), "Deployment")["spec"]["replicas"] == 3
+
+
 def test_scaling_out_stops_where_partitions_end() -> None:
     """A member without a partition only costs money."""
     scaled = only(render(values_of(CHART / "ci" / "cloud-values.yaml")), "ScaledObject")
