@@ -302,6 +302,25 @@ def test_a_drain_that_cannot_end_is_cut_at_one_deadline_for_all(breakable: Stage
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", ["the processes", "the supervisor"])
+def test_a_service_manager_that_signals_everybody_has_sent_one_signal(
+    embedded: Broker, set_stage: SetStage, first: str
+) -> None:
+    """Contract 11: systemd sends SIGTERM to all processes of a unit, in any order: a clean stop, no second signal."""
+    stage = set_stage(embedded, partitions=PARTITIONS)
+    service = start_two(stage)
+    children = list(pids(service).values())
+    stage.ledger.answer(stage.ledger.operate("head", "k", statuses={404}))
+    everybody = [*children, service.process.pid] if first == "the processes" else [service.process.pid, *children]
+
+    for pid in everybody:
+        os.kill(pid, signal.SIGTERM)
+
+    assert service.wait_exit() == 0, service.obituary()
+    assert [line["exit_code"] for line in service.log_lines() if line["event"] == "process ended"] == [0, 0]
+
+
+@pytest.mark.slow
 def test_no_process_outlives_its_supervisor(embedded: Broker, set_stage: SetStage) -> None:
     """The supervisor is killed and can do nothing: the kernel ends its processes."""
     stage = set_stage(embedded, partitions=PARTITIONS)
