@@ -4,8 +4,9 @@ What is to be done, and when, is decided by :mod:`consumer.processes.decisions`;
 
 **A process** is ``python -m consumer.processes.member`` with the configuration of all, but for two settings that tell
 it from the others (:func:`config_of`). It has a session of its own, so that Ctrl-C in a terminal reaches the supervisor
-alone; it writes to the same stderr; it does not outlive the supervisor. Each has its own permits, byte budget and
-storage handles: the limits of the configuration are those of one process.
+alone; it writes to the same stderr, a line at a time (a reader that falls behind may find two lines of more than 4 KiB
+mixed up); it does not outlive the supervisor. Each has its own permits, byte budget and storage handles: the limits of
+the configuration are those of one process.
 
 1. It is started, and sent its configuration over its line.
 2. It is asked for a sign of life, again and again, and killed where it hangs.
@@ -87,7 +88,7 @@ class _Child:
         self.process = process
         self.asking = asking
         self.totals: Mapping[str, Any] = {}
-        """As it last told."""
+        """As it last told; empty as long as it has told nothing."""
 
     def kill(self) -> None:
         """Kill it, if it has not ended yet."""
@@ -261,7 +262,10 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------ what can be seen
 
     async def _ask_all(self, what: str) -> dict[Run, Any]:
-        """Ask every living process, all at a time; those that do not answer in time are left out."""
+        """Ask every living process, all at a time; those that do not answer in time are left out.
+
+        Nor is one asked that has never answered: it is still starting, and would only be waited for.
+        """
 
         async def ask(child: _Child) -> Any:
             try:
@@ -269,7 +273,7 @@ class Supervisor:
             except NoAnswer:
                 return None
 
-        children = list(self._children.items())
+        children = [(number, child) for number, child in self._children.items() if child.totals]
         told = await asyncio.gather(*(ask(child) for _, child in children))
         return {  # what a run has counted that ended meanwhile is counted among the past ones already
             child.run: answer
@@ -309,8 +313,8 @@ class Supervisor:
         for number in range(1, self._config.runtime.processes + 1):
             if number in told:
                 reasons += [f"process {number}: {reason}" for reason in told[number][1]]
-            elif number in self._children:
-                reasons.append(f"process {number}: does not answer")
+            elif (child := self._children.get(number)) is not None:
+                reasons.append(f"process {number}: {'does not answer' if child.totals else 'starting'}")
             else:
                 reasons.append(f"process {number}: {self._decisions.words(number, now)}")
         return not reasons, reasons

@@ -30,6 +30,7 @@ class Process:
     records: int = 0
     silent: bool = False
     told: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     exit: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     while_asked: Callable[[], None] | None = None
 
@@ -52,6 +53,7 @@ class Process:
         self.told.append("close")
 
     async def ask(self, what: str, seconds: float) -> Any:
+        self.asked.append(what)
         if self.silent:
             await asyncio.sleep(0)
             raise NoAnswer(f"no answer within {seconds:g} s")
@@ -239,6 +241,20 @@ class TestShown:
         first, second = (process.run[0] for process in supervised.started)
         assert not ready
         assert sorted(reasons) == [f"process {first}: output", f"process {second}: does not answer"]
+
+    async def test_a_process_that_has_never_answered_is_starting_and_not_waited_for(
+        self, supervised: Supervised
+    ) -> None:
+        process = supervised.started[1]
+        process.silent = True
+        supervised._children[process.run[0]].totals = {}
+
+        ready, reasons = await supervised.readiness()
+
+        assert not ready
+        assert f"process {process.run[0]}: starting" in reasons
+        assert READINESS not in process.asked
+        assert (await supervised.snapshot())["state"] == "starting"
 
     async def test_a_process_that_waits_for_its_restart_is_a_reason(
         self, supervised: Supervised, monkeypatch: pytest.MonkeyPatch
