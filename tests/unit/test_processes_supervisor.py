@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from consumer.config import Admin, Config, Runtime
-from consumer.metrics import Counts
+from consumer.metrics import Collected, Counts, PlainFamily, PlainSample, families_of
 from consumer.processes import supervisor as subject
 from consumer.processes.channel import METRICS, PULSE, READINESS, STATE, NoAnswer
+from consumer.processes.decisions import Action
 from consumer.processes.merge import Run
 from consumer.processes.supervisor import Supervisor
 
@@ -28,6 +29,7 @@ class Process:
     run: Run
     pid: int = 4711
     records: int = 0
+    memory: float | None = None
     silent: bool = False
     told: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
@@ -66,7 +68,7 @@ class Process:
 
     def answer(self, what: str) -> Any:
         totals = {**Counts().totals(), "records": self.records}
-        sample = "tierstream_commits_total", {"outcome": "success"}, self.records
+        sample: PlainSample = ("tierstream_commits_total", {"outcome": "success"}, self.records)
         answers = {
             PULSE: {"state": "running", "totals": totals},
             STATE: {
@@ -79,6 +81,11 @@ class Process:
             READINESS: [False, ["output"]],
             METRICS: [{"name": "tierstream_commits", "kind": "counter", "text": "", "samples": [sample]}],
         }
+        if self.memory is not None:
+            sample = "process_resident_memory_bytes", {}, self.memory
+            answers[METRICS] = [
+                {"name": "process_resident_memory_bytes", "kind": "gauge", "text": "", "samples": [sample]}
+            ]
         return answers[what]
 
 
@@ -156,6 +163,49 @@ class TestEnds:
         assert await commits(supervised) == 5
         assert (await supervised.snapshot())["totals"]["records"] == 5
         assert "close" in supervised.started[0].told
+        assert supervised.started[0].run not in supervised._tally._living, "a run that is over takes no memory"
+
+    async def test_a_process_that_was_in_the_group_cannot_have_a_wrong_configuration(
+        self, supervised: Supervised
+    ) -> None:
+        process = supervised.started[0]
+        known = supervised._decisions._all[process.run[0]]
+        await until(lambda: known.running_since is not None)
+        process.end(2)
+
+        await until(lambda: len(supervised.started) == 3)
+
+    async def test_a_signal_before_the_first_process_is_started_starts_none(self) -> None:
+        class Impatient(Supervised):
+            def _do(self, actions: list[Action]) -> None:
+                super()._do(actions)
+                if not self._decisions.stopping():
+                    self._signalled(signal.SIGTERM)
+
+        supervised = Impatient()
+
+        async with asyncio.timeout(WAIT_SECONDS):
+            assert await supervised.run() == 0
+        assert supervised.started == []
+
+    async def test_a_signal_while_a_process_is_being_started_reaches_it(self) -> None:
+        starting, go = asyncio.Event(), asyncio.Event()
+
+        class Slow(Supervised):
+            async def _start(self, run: Run) -> Any:
+                starting.set()
+                await go.wait()
+                return await super()._start(run)
+
+        supervised = Slow(processes=1)
+        task = asyncio.create_task(supervised.run())
+        await starting.wait()
+        supervised._signalled(signal.SIGTERM)
+        go.set()
+
+        async with asyncio.timeout(WAIT_SECONDS):
+            assert await task == 0
+        assert supervised.started[0].told == ["stop", "close"]
 
     @pytest.mark.parametrize("scraped", [False, True])
     async def test_a_process_that_ends_while_it_answers_is_counted_once(
@@ -289,6 +339,21 @@ class TestShown:
 
         assert await supervised.readiness() == (True, [])
         assert (await supervised.snapshot())["state"] == "running"
+
+    async def test_the_supervisors_own_memory_is_part_of_the_sum(self, supervised: Supervised) -> None:
+        gauge = PlainFamily("process_resident_memory_bytes", "gauge", "", [("process_resident_memory_bytes", {}, 60.0)])
+
+        class Own:
+            def collect(self) -> Collected:
+                return families_of([gauge])
+
+        supervised._registry = Own()  # type: ignore[assignment]  # all it does with a registry is collect
+        for process in supervised.started:
+            process.memory = 100.0
+
+        (family,) = await supervised.collect()
+
+        assert [sample.value for sample in family.samples] == [260.0]
 
     async def test_a_stop_is_draining(self, supervised: Supervised) -> None:
         for process in supervised.started:
