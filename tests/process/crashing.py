@@ -6,7 +6,8 @@ a backend, or before or after one of the system calls that change files; steps a
 
 A request:
 
-* ``folder``, ``owner``, ``later``: where, who, and how many seconds the clock of leases is ahead;
+* ``folder``, ``bigtable``: where; null, or a table that holds rows and changes instead of a file in the folder;
+* ``owner``, ``later``: who, and how many seconds the clock of leases is ahead;
 * ``operations``: a list of [kind, key, payload size, fill];
 * ``watched``: ``all`` steps are told, those ``after recovery``, or ``none``;
 * ``at``: [name, number] of the step to end at, or null;
@@ -25,13 +26,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from consumer.errors import TierstreamError
 from consumer.ids import ObjectContext, ObjectId
 from consumer.operations import DEFAULT_METADATA
+from consumer.storage.backend import ChangeLog, HighVolumeBackend
+from consumer.storage.bigtable import BigtableBackend
+from consumer.storage.bigtable_change_log import BigtableChangeLog
+from consumer.storage.bigtable_table import vendor
 from consumer.storage.filesystem import FilesystemBackend
+from consumer.storage.metadata import now_utc
 from consumer.storage.sqlite import SqliteBackend
 from consumer.storage.sqlite_change_log import SqliteChangeLog
 from consumer.storage.tiered import TieredStorage
@@ -116,16 +123,29 @@ class Watched:
         return call
 
 
+def rows_and_changes(request: dict[str, Any]) -> tuple[HighVolumeBackend, ChangeLog]:
+    """Open the high-volume tier and the change log."""
+    owner: str = request["owner"]
+    later: float = request["later"]
+    if request["bigtable"] is None:
+        file = Path(request["folder"]) / "objects.sqlite"
+        return SqliteBackend(file), SqliteChangeLog(file, owner, monotonic=lambda: time.monotonic() + later)
+    project, instance, table, host = (
+        request["bigtable"][name] for name in ("project", "instance", "table", "emulator_host")
+    )
+    change_log = BigtableChangeLog(
+        project, instance, table, owner, emulator_host=host, clock=lambda: now_utc() + timedelta(seconds=later)
+    )
+    return BigtableBackend(project, instance, table, emulator_host=host), change_log
+
+
 async def run(request: dict[str, Any], steps: Steps) -> None:
     """Open the storage, apply the operations, join, close."""
     folder = Path(request["folder"])
     steps.watched = request["watched"] == "all"
-    later: float = request["later"]
-    change_log = SqliteChangeLog(
-        folder / "objects.sqlite", request["owner"], monotonic=lambda: time.monotonic() + later
-    )
+    high_volume, change_log = rows_and_changes(request)
     storage = TieredStorage(
-        cast("Any", Watched(SqliteBackend(folder / "objects.sqlite"), "high_volume", steps)),
+        cast("Any", Watched(high_volume, "high_volume", steps)),
         cast("Any", Watched(FilesystemBackend(folder / "objects"), "long_term", steps)),
         cast("Any", Watched(change_log, "change_log", steps)),
         THRESHOLD,
@@ -186,7 +206,9 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer requests until stdin ends."""
+    """Answer requests until stdin ends; ``bigtable`` as argument loads what only that needs, once for all children."""
+    if "bigtable" in sys.argv:
+        vendor()
     for line in sys.stdin:
         sys.stdout.write(json.dumps(serve(json.loads(line))) + "\n")
         sys.stdout.flush()
