@@ -434,6 +434,11 @@ async def discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
     await asyncio.wait([stopping, closing], timeout=TEAR_DOWN_SECONDS)
     stopping.cancel()
     closing.cancel()
+    transactions = producer._txn_manager  # noqa: SLF001 - above
+    if transactions is not None:
+        for future in (transactions._pid_waiter, transactions._transaction_waiter):  # noqa: SLF001 - above
+            if future is not None and future.done() and not future.cancelled():
+                future.exception()  # how the transaction ended: nobody waits for it any more
 
 
 def _ignore(task: asyncio.Task[None]) -> None:

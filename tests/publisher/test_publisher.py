@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, OutOfOrderSequenceNumber, TopicAuthorizationFailedError
+from aiokafka.errors import KafkaError, OutOfOrderSequenceNumber, ProducerFenced, TopicAuthorizationFailedError
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.producer.sender import Sender
 from confluent_kafka import Consumer, TopicPartition
@@ -893,3 +893,17 @@ async def test_a_batch_that_was_to_be_tried_again_fails_without_noise(own_broker
 
     with pytest.raises(KafkaError, match="thrown away"):
         await future
+
+
+async def test_a_fenced_transactional_producer_is_thrown_away_without_an_exception_that_nobody_sees() -> None:
+    """I12: fenced while a broker was away, its transaction ends with an exception whose only reader has given up."""
+    producer = AIOKafkaProducer(bootstrap_servers="127.0.0.1:1", transactional_id="fenced")
+    transactions = producer._txn_manager
+    transactions.set_pid_and_epoch(1, 0)
+    transactions.begin_transaction()
+    transactions.fatal_error(ProducerFenced())
+
+    await publisher_module.discard(producer, 0)
+
+    del producer, transactions
+    gc.collect()  # what nobody has looked at is reported now, to the guard
