@@ -116,6 +116,9 @@ FETCH_BYTES_MAX = 2**31 - 1
 POLL_FAILURES_MAX = 3
 """Polls that fail one after the other before the service counts as not ready; one alone is a rebalance or a hiccup."""
 
+SHIELDED_COMMIT = "GroupCoordinator._do_commit_offsets"
+"""The coroutine of aiokafka that goes on when a commit is cancelled; a test holds the installed release to it."""
+
 _NOWHERE = TopicPartition("-", 0)
 """Polled when no partition wants records: keeps the member alive (H16b) without draining any partition's buffer."""
 
@@ -573,7 +576,9 @@ class Poller(ConsumerRebalanceListener):
             if not run.in_flight:
                 del self._older_runs[partition]
         self._buffer_bytes_max = int(self._pipeline.budget.limit * RESUME_SHARE / max(1, len(partitions)))
-        await self._fence(partitions)
+        if not await self._fence(partitions):
+            log.warning("no longer a member of the group: waiting for the next assignment", epoch=self._epoch)
+            return
         notes = await self._notes(partitions)
         executors = self._reserve(partitions)
         for partition in partitions:
@@ -614,10 +619,15 @@ class Poller(ConsumerRebalanceListener):
             return {}
         return opening.result()
 
-    async def _fence(self, partitions: list[TopicPartition]) -> None:
-        """Exactly-once: start each partition's producer, which ends what its former owner left open (H22)."""
+    async def _fence(self, partitions: list[TopicPartition]) -> bool:
+        """Exactly-once: start each partition's producer, which ends what its former owner left open (H22).
+
+        Returns:
+            False where this process was expelled before all had started: it may have fenced who owns the partitions
+            now, and must write nothing, or both would.
+        """
         if self._transactions is None:
-            return
+            return True
         self._writers = {
             partition: self._transactions.writer(
                 partition,
@@ -629,6 +639,14 @@ class Poller(ConsumerRebalanceListener):
             for partition in partitions
         }
         await asyncio.gather(*(writer.start() for writer in self._writers.values()))
+        failures = 0
+        while True:
+            try:
+                return await self._is_member()
+            except (ClusterUnavailable, ClusterRefusal) as error:
+                log.warning("membership unknown, asking again", error=str(error))
+            await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])
+            failures += 1
 
     def _lanes(self, partition: TopicPartition) -> tuple[Lane, Lane | None] | None:
         if self._transactions is None:
@@ -852,7 +870,7 @@ class Poller(ConsumerRebalanceListener):
         """Commit *points*, without their maps where the broker takes none of that size; return what was committed."""
         left_out = sum(1 for name, point in points.items() if not point.metadata and self._assignments[name].offset_map)
         try:
-            await self._client.commit(points)
+            await self._commit_by_client(points)
         except (OffsetMetadataTooLargeError, InvalidCommitOffsetSizeError) as error:
             longest = max(len(point.metadata) for point in points.values())
             if not longest:
@@ -863,10 +881,20 @@ class Poller(ConsumerRebalanceListener):
             points = {partition: OffsetAndMetadata(point.offset, "") for partition, point in points.items()}
             if self._generation_now() != self._generation:  # as before the first attempt (H10, H16f)
                 raise CommitFailedError from error
-            await self._client.commit(points)
+            await self._commit_by_client(points)
         if left_out:
             self._pipeline.counts.offset_maps_dropped["too_large"] += left_out
         return points
+
+    async def _commit_by_client(self, points: dict[TopicPartition, OffsetAndMetadata]) -> None:
+        try:
+            await self._client.commit(points)
+        except asyncio.CancelledError:
+            # The client shields the request that is on its way; what becomes of that nobody will ask.
+            for task in asyncio.all_tasks():
+                if getattr(task.get_coro(), "__qualname__", "") == SHIELDED_COMMIT:
+                    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
 
     async def _advance_over_gaps(self) -> None:
         """Move idle partitions over offsets without records (control batches, aborted ones): only the client knows."""

@@ -11,8 +11,9 @@ started *before* the committed offset is read (hazard H22).
 3. Committed: owners hear that their records are acknowledged.
 4. *Anything else* (refused, fenced, no answer in time): the producer is thrown away, which ends its transaction. Before
    a new one is started the group is asked whether this process is still a member: a member that was expelled while it
-   was frozen would otherwise fence the rightful owner, and write its own stale responses. No member: the partition is
-   *lost*, and what was not committed goes nowhere.
+   was frozen would otherwise fence the rightful owner, and write its own stale responses. And again once it has
+   started, as it could have been expelled in between: who is a member *then* knows that a later owner will fence it.
+   No member: the partition is *lost*, and what was not committed goes nowhere.
 5. With the new producer, the committed offset tells whether a commit without an answer took effect after all. If so:
    step 3, else step 2 again with the same records.
 
@@ -401,10 +402,13 @@ class TransactionWriter:
         while self._producer is None:
             await self._back_off()
             try:
+                if await self._is_member():
+                    self._producer = await self._started()
+                # Only who is a member after its producer has started knows that whoever comes next will fence it.
                 if not await self._is_member():
                     raise Lost
-                self._producer = await self._started()
             except (KafkaError, OSError, TimeoutError, ClusterUnavailable, ClusterRefusal) as failure:
+                await self._throw_away()
                 self._failures += 1
                 log.warning("transactional producer cannot start", **self._where(), error=repr(failure))
 

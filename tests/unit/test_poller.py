@@ -7,12 +7,14 @@ waits at gates and lanes acknowledge on command, so that no test depends on time
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.errors import (
     CommitFailedError,
     CorruptRecordException,
@@ -1029,6 +1031,30 @@ class TestCommits:
 
         assert [points[FIRST].offset for points in rig.consumer.commits] == [0, 1, 2]
 
+    async def test_a_commit_given_up_that_fails_later_fails_unnoticed(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """I12: the client goes on with the request; the guards of every test report what nobody has looked at."""
+        assert GroupCoordinator._do_commit_offsets.__qualname__ == poller_module.SHIELDED_COMMIT
+        monkeypatch.setattr(poller_module, "COMMIT_TIMEOUT_SECONDS", 0.01)
+        rig = make(commit_policy=AT_ONCE)
+        rig.place.responses.acknowledge_always()
+        await rig.join(FIRST)
+        await until(lambda: bool(rig.consumer.committed))
+        gone = asyncio.Event()
+
+        async def request() -> None:
+            await gone.wait()
+            raise KafkaConnectionError
+
+        request.__qualname__ = poller_module.SHIELDED_COMMIT
+        rig.consumer.commit_answers.append(lambda: asyncio.shield(request()))
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await until(lambda: rig.place.counts.commits["unknown"] == 1)
+        gone.set()
+        await settled()
+        gc.collect()
+
     async def test_after_a_refusal_nothing_more_is_committed_in_this_epoch(self, make: MakeRig) -> None:
         """H16c: the partitions are somebody else's; the next assignment begins anew."""
         rig = make(commit_policy=AT_ONCE)
@@ -1642,6 +1668,28 @@ class TransactionsDouble:
 
 class TestExactlyOnce:
     """Where the offsets go with the responses."""
+
+    async def test_who_is_expelled_while_its_producers_start_reads_and_writes_nothing(self, make: MakeRig) -> None:
+        """I2: they may have fenced who owns the partitions now; the next assignment begins anew."""
+        rig = make(transactions=TransactionsDouble())
+        rig.cluster.members = frozenset({"another"})
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST)
+        await until(lambda: rig.cluster.asked == 1)
+        await settled()
+        assert (rig.poller.assigned, rig.poller.rebalancing) == (0, True)
+
+        rig.cluster.members = frozenset({""})
+        await rig.consumer.rebalance(FIRST)
+        await rig.opened(FIRST)
+
+    async def test_membership_is_asked_for_until_there_is_an_answer(self, make: MakeRig) -> None:
+        rig = make(transactions=TransactionsDouble())
+        rig.cluster.failures.append(ClusterUnavailable("gone"))
+        await rig.join(FIRST)
+
+        assert (rig.poller.assigned, list(rig.cluster.failures)) == (1, [])
 
     async def test_the_former_owner_is_fenced_before_the_committed_offset_is_read(self, make: MakeRig) -> None:
         """H22: its open transaction would else move the offset after it has been read, and records would run twice."""

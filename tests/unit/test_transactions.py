@@ -59,6 +59,8 @@ class Log:
         self.metadata_max = 4096
         self.value_max = 1000
         self.member = True
+        self.memberships: deque[bool] = deque()
+        """What the next questions for it are answered; after them `member` counts."""
         self.producers: list[ProducerDouble] = []
 
     def fail(self, step: str, *errors: Exception) -> None:
@@ -78,7 +80,7 @@ class Log:
 
     async def is_member(self) -> bool:
         self.step("question")
-        return self.member
+        return self.memberships.popleft() if self.memberships else self.member
 
     async def committed_now(self) -> tuple[int, str] | None:
         self.step("question")
@@ -110,6 +112,7 @@ class ProducerDouble:
         self.offsets: OffsetAndMetadata | None = None
         self.stopped = False
         self._sender = SimpleNamespace(sender_task=None)
+        self._txn_manager = None
         self._message_accumulator = SimpleNamespace(_pending_batches=set(), _batches={})
         self.client = SimpleNamespace(close=self._closed)
 
@@ -360,6 +363,38 @@ async def test_who_is_no_member_any_more_starts_no_producer(rig: Rig) -> None:
     await until(lambda: rig.assigned.lost)
     assert (rig.values(), rig.assigned.acknowledged_tokens) == ([], [])
     assert len(rig.log.producers) == 1
+
+
+async def test_who_is_expelled_while_its_producer_starts_writes_nothing_with_it(rig: Rig) -> None:
+    """I2: it has fenced the rightful owner, who writes its responses again: so nobody else may."""
+    rig.log.fail("commit", ProducerFenced())
+    rig.log.memberships.extend([True, False])
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await until(lambda: rig.assigned.lost)
+    assert (rig.values(), rig.assigned.acknowledged_tokens) == ([], [])
+    assert len(rig.log.producers) == 2
+
+
+async def test_nor_does_who_cannot_ask_whether_it_was(rig: Rig) -> None:
+    """The producer that has started meanwhile is thrown away, and all is asked anew with the next."""
+    rig.log.fail("commit", ProducerFenced())
+    answers: deque[bool | Exception] = deque([True, ClusterUnavailable("gone")])
+
+    async def is_member() -> bool:
+        answer = answers.popleft() if answers else True
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    rig.writer._is_member = is_member
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await until(lambda: rig.assigned.acknowledged_tokens == [0])
+    assert rig.values() == [b"0"]
+    assert [producer.stopped for producer in rig.log.producers] == [True, True, False]
 
 
 async def test_a_record_that_is_too_large_is_replaced_in_its_place(rig: Rig) -> None:
