@@ -26,7 +26,6 @@ endif
 DEMO_ARGS ?= --no-wait
 BENCH_ARGS ?=
 TEST_ARGS ?=
-SOAK_ROUNDS ?= 60
 UV ?= uv
 
 .PHONY: help demo test lint bench bench-peers soak docs clean lock
@@ -59,12 +58,9 @@ bench-peers: $(VENV)/.dev-ready ## compare with other Kafka consumers, given the
 	@echo "==> comparing with the peers"
 	PYTHONPATH=tests $(PY) tests/peers/bench.py --source $(PEERS) $(BENCH_ARGS)
 
-soak: $(VENV)/.dev-ready ## kill and restart the service under load, SOAK_ROUNDS times
-	@echo "==> soaking: $(SOAK_ROUNDS) rounds of kill and restart under load"
-	TIERSTREAM_TEST_SOAK_ROUNDS=$(SOAK_ROUNDS) $(PY) -m pytest -s -m "broker and slow" tests/e2e $(TEST_ARGS)
-
-docs: $(VENV)/.dev-ready ## write again what is made from the code: metrics page, chart schema, values table, dashboard
-	PYTHONPATH=tests $(PY) tests/documents.py
+soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_KILLS (500), SOAK_STORM_MINUTES (20), SOAK_MINUTES (20), SOAK_SEED
+	@echo "==> soaking: kills, a storm of rebalances, everything mixed"
+	$(PY) tests/soak.py
 
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

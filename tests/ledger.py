@@ -43,6 +43,8 @@ class Entry:
     kind: str | None = None
     """Operation kind, ``unknown`` for a record that cannot be decoded."""
     statuses: frozenset[int] = frozenset()
+    timestamp: int = 0
+    """Milliseconds since the epoch: the producer's time, or the broker's where the topic is made so."""
 
     @property
     def id(self) -> str:
@@ -272,6 +274,7 @@ class Ledger:
                 request_id,
                 kind,
                 frozenset(statuses),
+                record.timestamp()[1],
             )
             self.entries[entry.id] = entry
             sent.append(entry)

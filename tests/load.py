@@ -2,7 +2,7 @@
 
 Each object is inserted once, read twice and, every fourth one, deleted, always in one partition, so that key ordering
 leaves one right answer to each operation, also after a replay (of a deleted object two: a replayed read may find it
-gone).
+gone). One object in eight is a few times larger than the others, for stages with a low threshold between the tiers.
 """
 
 from __future__ import annotations
@@ -20,24 +20,35 @@ PUMP_SECONDS = 40
 
 PARTITIONS = 4
 
+CANARY = "canary-3f9c2a"
+"""Stands in every object key, record key and payload of a load, and never in anything the service says (I13)."""
+
 
 class Load:
     """Records without end, in the same order in every run; `pump` puts some in and reads what comes out."""
 
-    def __init__(self, ledger: Ledger, batch: int = 160) -> None:
-        """Prepare a load for all partitions; *batch* is how many records a pump puts in."""
+    def __init__(self, ledger: Ledger, batch: int = 160, *, poison_every: int = 0) -> None:
+        """Prepare a load for all partitions.
+
+        *batch* is how many records a pump puts in; with *poison_every* one that cannot be decoded follows after so many
+        objects.
+        """
         self.ledger = ledger
         self.batch = batch
+        self.sent = 0
+        """Records handed to the producer."""
         self.kept: list[tuple[int, str]] = []
         """Objects inserted and never deleted: (partition, key)."""
+        self._poison_every = poison_every
         self._number = 0
 
     def put(self, records: int) -> None:
-        """Produce *records* more, a multiple of 16, without waiting for the broker."""
-        assert records % (4 * PARTITIONS) == 0
+        """Produce *records* more, four times a multiple of the partitions, without waiting for the broker."""
+        partitions = self.ledger.partition_count
+        assert records % (4 * partitions) == 0
         for _ in range(records // 4):
-            number, partition = self._number, self._number % PARTITIONS
-            key, deleted = f"load/{number}", self._number % 16 < PARTITIONS
+            number, partition = self._number, self._number % partitions
+            key, deleted = f"{CANARY}/{number}", self._number % (4 * partitions) < partitions
             story: list[tuple[str, set[int]]] = [
                 ("insert", {201}),
                 ("get", {200, 404} if deleted else {200}),
@@ -45,13 +56,18 @@ class Load:
                 ("head", {404} if deleted else {204}),
             ]
             for kind, statuses in story:
-                payload = key.encode() * 5 if kind == "insert" else b""
+                payload = payload_of(key) if kind == "insert" else b""
                 self.ledger.operate(
                     kind, key, payload, statuses=statuses, key=key.encode(), partition=partition, wait=False
                 )
+            self.sent += len(story)
             if not deleted:
                 self.kept.append((partition, key))
             self._number += 1
+            if self._poison_every and self._number % self._poison_every == 0:
+                value = b"\xff" + CANARY.encode()
+                self.ledger.send(value, kind="unknown", statuses={400}, partition=partition, wait=False)
+                self.sent += 1
 
     def pump(self, until: Callable[[], bool], seconds: float = PUMP_SECONDS) -> None:
         """Put in and read out until *until* holds."""
@@ -61,6 +77,22 @@ class Load:
             self.put(self.batch)
             self.ledger.poll(0.02)
         self.ledger.flush()
+
+
+class Questions(Load):
+    """Looks for objects that are nowhere: for members that share no storage."""
+
+    def put(self, records: int) -> None:
+        """Produce *records* more, without waiting for the broker."""
+        for _ in range(records):
+            key, partition = f"{CANARY}/{self.sent}", self.sent % self.ledger.partition_count
+            self.ledger.operate("head", key, statuses={404}, key=key.encode(), partition=partition, wait=False)
+            self.sent += 1
+
+
+def payload_of(key: str) -> bytes:
+    """What is in the object of this key."""
+    return key.encode() * (200 if int(key.rpartition("/")[2]) % 8 == 5 else 5)
 
 
 def check_nothing_is_committed_without_its_response(stage: Stage, least: dict[int, int]) -> dict[int, int]:
@@ -88,7 +120,7 @@ def read_back(load: Load, count: int) -> None:
     entries = list(ledger.entries.values())[before:]
     ledger.wait_answered(entries)
     payloads = Counter(ledger.answers[entry.id][0].result["object"]["payload"] for entry in entries)
-    assert payloads == Counter(key.encode() * 5 for _, key in chosen)
+    assert payloads == Counter(payload_of(key) for _, key in chosen)
 
 
 def ends(ledger: Ledger) -> dict[int, int]:

@@ -21,6 +21,10 @@ import yaml
 from brokers import dies_with_us, tail, wait_until
 
 ROOT = Path(__file__).parents[1]
+PROGRAM = Path(__file__).with_name("observed.py")
+
+STACKS_SECONDS = 2
+"""For a process to say where it stands, unless even that hangs."""
 
 START_SECONDS = 30
 """From the start of the process to its admin port: importing everything, on two busy cores."""
@@ -94,7 +98,7 @@ class ServiceProcess:
         self._admin: str | None = None
         with self.log.open("wb") as errors, self.output.open("wb") as out:
             self.process = subprocess.Popen(
-                [*dies_with_us(), sys.executable, "-m", "consumer", "run", "--config", str(path)],
+                [*dies_with_us(), sys.executable, "-P", str(PROGRAM), "run", "--config", str(path)],
                 cwd=folder,
                 env=clean_environment(**environment),
                 stdin=subprocess.DEVNULL,
@@ -168,6 +172,31 @@ class ServiceProcess:
         """How it ended and its last words, for a failing assertion."""
         return f"the service exited with {self.process.poll()}; the log ends with\n{tail(self.log, 60)}"
 
+    def account(self) -> str:
+        """Where it stands, for a failing wait: its state, the end of its log, every thread and task."""
+        state, said = self.state(), tail(self.log, 60)
+        before = self.log.stat().st_size
+        self.process.send_signal(signal.SIGUSR1)
+        time.sleep(STACKS_SECONDS)
+        stacks = self.log.read_bytes()[before:].decode(errors="replace")
+        return f"state: {state}\nthe log ends with\n{said}\nthreads and tasks\n{stacks}"
+
+    def memory_peak(self) -> int:
+        """The most memory it has ever had resident, in bytes; 0 where the system does not tell, or it has ended."""
+        return self._memory("VmHWM")
+
+    def memory(self) -> int:
+        """The memory it has resident now, in bytes; 0 where the system does not tell, or it has ended."""
+        return self._memory("VmRSS")
+
+    def _memory(self, name: str) -> int:
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        except OSError:
+            return 0
+        found = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+
     # ------------------------------------------------------------------------------------------ what is done to it
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = READY_SECONDS) -> None:
@@ -185,7 +214,7 @@ class ServiceProcess:
         try:
             wait_until(alive_and_true, seconds, what)
         except TimeoutError as error:
-            raise TimeoutError(f"{error}\nstate: {self.state()}\nthe log ends with\n{tail(self.log, 60)}") from None
+            raise TimeoutError(f"{error}\n{self.account()}") from None
 
     def wait_ready(self, partitions: int | None = None) -> None:
         """Wait until it is ready, and owns *partitions* if given."""
@@ -208,9 +237,7 @@ class ServiceProcess:
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(
-                f"still running after {seconds:g} s\nstate: {self.state()}\n{tail(self.log, 60)}"
-            ) from None
+            raise TimeoutError(f"still running after {seconds:g} s\n{self.account()}") from None
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:

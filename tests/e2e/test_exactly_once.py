@@ -1,6 +1,7 @@
 """Exactly-once, as a reader of committed records sees it: each input record has one response, whatever happens.
 
-On Apache Kafka alone: the subject is its transactions, and the faults need members that expire.
+On Apache Kafka alone: the subject is its transactions, and the faults need members that expire. Kills are the subject
+of `test_chaos.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ import signal
 import pytest
 
 from brokers import Broker
-from load import PARTITIONS, PUMP_SECONDS, Load, check_nothing_is_committed_without_its_response, ends, read_back
+from load import PARTITIONS, Load, ends
 from stages import SetStage
-
-ROUNDS = int(os.environ.get("TIERSTREAM_TEST_SOAK_ROUNDS", "3"))
-"""Kills a test makes; `make soak` sets many."""
 
 
 def check_each_record_has_one_response(load: Load, group: str) -> None:
@@ -44,33 +42,6 @@ def test_every_kind_of_answer_is_there_once_with_its_dead_letter(apache: Broker,
     assert letter.value == b"\x0anot avro at all"
     check_each_record_has_one_response(load, stage.group)
     assert len(stage.ledger.dead_letters[poison.id]) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(60 + PUMP_SECONDS * (ROUNDS + 1))
-def test_hard_kills_under_load_repeat_nothing(apache: Broker, set_stage: SetStage) -> None:
-    """I1, I2, I5, H20, H22, H25: SIGKILL at random, open transactions included; nothing is missing, nothing twice."""
-    stage = set_stage(apache, partitions=PARTITIONS, delivery="exactly-once")
-    ledger, load, chance = stage.ledger, Load(stage.ledger), random.Random(ROUNDS)
-    committed: dict[int, int] = {}
-    killed_with_work = 0
-    for _ in range(ROUNDS):
-        service = stage.start(partitions=PARTITIONS)
-        goal = len(ledger.answers) + chance.randint(200, 2000)
-        load.pump(lambda goal=goal: len(ledger.answers) >= goal)  # type: ignore[misc]  # bound now, as it is called now
-        load.put(4 * load.batch)
-        service.kill()
-
-        ledger.flush()
-        killed_with_work += ledger.answered() < len(ledger.entries)
-    service = stage.start(partitions=PARTITIONS)
-    ledger.wait_answered(seconds=60)
-    read_back(load, 100)
-    service.stop()
-
-    committed = check_nothing_is_committed_without_its_response(stage, committed)
-    check_each_record_has_one_response(load, stage.group)
-    assert killed_with_work == ROUNDS, "void: the kills hit an idle service"
 
 
 @pytest.mark.slow

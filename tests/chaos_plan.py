@@ -1,0 +1,224 @@
+"""What will be done to a fleet of members, drawn from a seed before anything is started (pure).
+
+A plan is a list of actions in their order. An action takes place when, counted from the one before it, its time has
+passed and its number of responses has come out: so a slow machine plays the same plan, only more slowly. What begins
+also ends within the plan: who is frozen thaws, a broker comes back. The same seed gives the same plan.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, TypeVar
+
+Kind: TypeAlias = Literal[
+    "start",  # a member
+    "open",  # wait until the member has begun to read
+    "kill",  # SIGKILL
+    "bury",  # end the session of a killed member at once, instead of waiting for it to run out
+    "stop",  # SIGTERM; the next action does not wait for the end
+    "freeze",  # SIGSTOP
+    "thaw",  # SIGCONT
+    "stop broker",
+    "kill broker",
+    "freeze broker",
+    "start broker",
+    "thaw broker",
+    "hold storage",  # somebody else keeps the write lock of the storage's file
+    "release storage",
+]
+
+FROZEN_SECONDS = (8.0, 14.0)
+"""Beyond the session time-out of the members, 6 s, so that their partitions are taken over meanwhile."""
+
+BURST = 960
+"""More than is answered while it is put in: twice the windows of four partitions, and more."""
+
+BROKER_DOWN_SECONDS = (0.0, 6.0)
+BROKER_FROZEN_SECONDS = (5.0, 30.0)
+STORAGE_HELD_SECONDS = (6.0, 10.0)
+"""Longer than the service waits for the lock of its file, 5 s."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing that is done."""
+
+    kind: Kind
+    member: int = -1
+    """Which place of the fleet; -1 where it is not about a member."""
+    wait: float = 0.0
+    """Seconds after the action before, at the earliest."""
+    answers: int = 0
+    """Responses after the action before, at the earliest."""
+    burst: int = 0
+    """Records put in at once just before, so that there is something to do."""
+
+    def __str__(self) -> str:
+        """As it stands in a printed timeline."""
+        return self.kind if self.member < 0 else f"{self.kind} {self.member}"
+
+
+Plan: TypeAlias = list[Action]
+
+
+def kills(seed: int, rounds: int, *, unburied: float = 0.1) -> Plan:
+    """One member, killed and started again *rounds* times.
+
+    Most die while they work, after some number of responses; one in five at some moment of its start. A share of
+    *unburied* leaves the broker to find out by itself.
+    """
+    chance = random.Random(seed)
+    plan = []
+    for number in range(rounds):
+        plan.append(Action("start", 0))
+        early = number % 5 == 4
+        plan.append(
+            Action("kill", 0, wait=chance.uniform(0.05, 1.5))
+            if early
+            else Action("kill", 0, answers=chance.randint(1, 1_500), wait=chance.uniform(0.0, 0.3))
+        )
+        if chance.random() >= unburied:
+            plan.append(Action("bury", 0, wait=chance.choice([0.0, 0.2])))
+    return [*plan, Action("start", 0)]
+
+
+def stops(seed: int, rounds: int) -> Plan:
+    """SIGTERM *rounds* times, under load: every other time the successor is there before, as in a rolling update."""
+    chance = random.Random(seed)
+    plan = [Action("start", 0)]
+    here = 0
+    for number in range(rounds):
+        stop = Action("stop", here, answers=chance.randint(50, 800), wait=chance.uniform(0.0, 0.3), burst=BURST)
+        plan.append(Action("open", here))
+        if number % 2:
+            here = 1 - here
+            plan += [Action("start", here), replace(stop, wait=chance.uniform(0.0, 2.0))]
+        else:
+            plan += [stop, Action("start", here)]
+    return plan
+
+
+def brokers(seed: int, *, frozen_seconds: float = 30.0) -> Plan:
+    """Five restarts of the broker under two members: clean, by SIGKILL, and one SIGSTOP as long as a request waits."""
+    chance = random.Random(seed)
+    outages: list[Kind] = ["stop broker", "kill broker", "freeze broker", "kill broker", "stop broker"]
+    chance.shuffle(outages)
+    plan = [Action("start", 0), Action("start", 1)]
+    for outage in outages:
+        plan.append(Action(outage, answers=chance.randint(200, 1_500)))
+        if outage == "freeze broker":
+            plan.append(Action("thaw broker", wait=frozen_seconds))
+        else:
+            plan.append(Action("start broker", wait=chance.uniform(*BROKER_DOWN_SECONDS)))
+    return plan
+
+
+def storm(seed: int, seconds: float, *, members: int = 5) -> Plan:
+    """Members join, leave and are killed every 0.5 to 3 s; there is always one, and never more than *members*."""
+    return _timed(_storm(random.Random(seed), seconds, members), seconds)
+
+
+def mixed(seed: int, seconds: float, *, members: int = 4) -> Plan:
+    """Everything at once: the storm, frozen members, brokers that go and come, a storage nobody can write to."""
+    return _timed(_mixed(random.Random(seed), seconds, members), seconds)
+
+
+Timed: TypeAlias = Iterator[tuple[float, Action]]
+
+
+def _storm(chance: random.Random, seconds: float, members: int) -> Timed:
+    alive = {0}
+    now = 0.0
+    yield now, Action("start", 0)
+    while (now := now + chance.uniform(0.5, 3.0)) < seconds:
+        kind = _next_kind(chance, len(alive), members)
+        if kind == "start":
+            who = chance.choice(sorted(set(range(members)) - alive))
+            alive.add(who)
+        else:
+            who = chance.choice(sorted(alive))
+            alive.remove(who)
+        yield now, Action(kind, who)
+        if kind == "kill" and chance.random() < 0.7:
+            yield now + 0.1, Action("bury", who)
+
+
+def _next_kind(chance: random.Random, alive: int, members: int) -> Literal["start", "stop", "kill"]:
+    if alive <= 1:
+        return "start"
+    if alive < members and chance.random() < 0.45:
+        return "start"
+    return "stop" if chance.random() < 0.5 else "kill"
+
+
+def _mixed(chance: random.Random, seconds: float, members: int) -> Timed:
+    alive, frozen = {0, 1}, dict.fromkeys(range(members), 0.0)
+    broker_back = storage_back = 0.0
+    whats = _dealt(chance, [*["members"] * 12, "freeze", "freeze", "broker", "storage"])
+    outages = _dealt(chance, list[Kind](["stop broker", "kill broker", "freeze broker"]))
+    now = 0.0
+    yield now, Action("start", 0)
+    yield now, Action("start", 1)
+    while (now := now + chance.uniform(0.5, 6.0)) < seconds:
+        active = sorted(who for who in alive if frozen[who] < now)
+        what = next(whats)
+        if what == "freeze" and len(active) > 1:
+            who = chance.choice(active)
+            frozen[who] = now + chance.uniform(*FROZEN_SECONDS)
+            yield now, Action("freeze", who)
+            yield frozen[who], Action("thaw", who)
+        elif what == "broker" and broker_back < now:
+            kind = next(outages)
+            back: Kind = "thaw broker" if kind == "freeze broker" else "start broker"
+            lasts = BROKER_FROZEN_SECONDS if kind == "freeze broker" else BROKER_DOWN_SECONDS
+            end = now + chance.uniform(*lasts)
+            broker_back = end + 20  # some time to work in
+            yield now, Action(kind)
+            yield end, Action(back)
+        elif what == "storage" and storage_back < now:
+            end = now + chance.uniform(*STORAGE_HELD_SECONDS)
+            storage_back = end + 20
+            yield now, Action("hold storage")
+            yield end, Action("release storage")
+        else:
+            asleep = alive - set(active)
+            kind = _next_kind(chance, len(active), members - len(asleep))
+            if kind == "start":
+                absent = sorted(set(range(members)) - alive)
+                if not absent:
+                    continue
+                who = chance.choice(absent)
+                alive.add(who)
+            else:
+                who = chance.choice(active)
+                alive.remove(who)
+            yield now, Action(kind, who)
+            if kind == "kill" and chance.random() < 0.5:
+                yield now + 0.1, Action("bury", who)
+
+
+T = TypeVar("T")
+
+
+def _dealt(chance: random.Random, cards: list[T]) -> Iterator[T]:
+    """One card after another, and shuffled again when all are dealt: at random, and yet none comes too seldom."""
+    while True:
+        chance.shuffle(cards)
+        yield from cards
+
+
+def _timed(drawn: Timed, seconds: float) -> Plan:
+    """Put actions in the order of their times, and turn times into waits; what would end too late ends at the end."""
+    ordered: list[tuple[float, int, Action]] = []
+    for number, (at, action) in enumerate(drawn):
+        heapq.heappush(ordered, (min(at, seconds), number, action))
+    plan: Plan = []
+    now = 0.0
+    while ordered:
+        at, _, action = heapq.heappop(ordered)
+        plan.append(replace(action, wait=round(at - now, 3)))
+        now = at
+    return plan

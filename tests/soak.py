@@ -1,0 +1,171 @@
+"""``make soak``: fleets under faults for as long as asked, from one printed seed; fails where anything was wrong.
+
+Three parts, each in episodes on topics of their own and on one Apache Kafka, at-least-once and exactly-once in turn:
+
+kills
+    One member, killed again and again: ``SOAK_KILLS`` (500).
+storm
+    One to five members that join, leave and are killed, over 12 partitions: ``SOAK_STORM_MINUTES`` (20).
+mixed
+    The storm, frozen members, broker outages, a storage nobody can write to, beside a member that lives through all of
+    it: ``SOAK_MINUTES`` (20).
+
+``SOAK_SEED`` plays the same plans again; without it one is drawn. What was done, what happened and what was measured is
+printed as it goes. A part is void, and the soak fails, where something it is about has not happened once. The exit code
+is 0 for nothing wrong, 1 for anything, and the folder with all logs is kept then.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import chaos_plan
+from brokers import Broker, maven_broker
+from chaos_plan import Plan
+from fleet import Fleet, fleet_stage
+
+DELIVERIES = ("at-least-once", "exactly-once")
+
+KILLS_OF_AN_EPISODE = 50
+EPISODE_SECONDS = 300.0
+"""Long enough for a tendency of memory, short enough for its ledger to be held in memory itself."""
+
+SURVIVOR = 99
+"""The place of the member to which nothing is done, in the mixed part."""
+
+MUST_HAPPEN = {
+    "kills": (
+        "kills with work left",
+        "kills of a member at work",
+        "kills of a member starting",
+        "sessions ended by hand",
+        "rebalances with work in flight",
+        "responses hidden in aborted transactions",
+        "tombstones in storage",
+    ),
+    "storm": ("rebalances with work in flight", "kills with work left", "clean stops", "stops with work left"),
+    "mixed": (
+        "rebalances with work in flight",
+        "kills with work left",
+        "clean stops",
+        "members frozen",
+        "releases: lost",
+        "commits refused",
+        "broker: stop",
+        "broker: kill",
+        "broker: freeze",
+        "storage held",
+        "storage found unavailable",
+        "transactions given up",
+    ),
+}
+"""What a part is about: without it, it has shown nothing."""
+
+
+@dataclass
+class Part:
+    """One part of the soak."""
+
+    name: str
+    episodes: Sequence[Callable[[int], Plan]]
+    """How to draw the plan of each."""
+    partitions: int
+    survivor: bool = False
+    happened: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+
+def parts() -> Iterator[Part]:
+    """What was asked for."""
+    kills = int(os.environ.get("SOAK_KILLS") or 500)
+    storm = float(os.environ.get("SOAK_STORM_MINUTES") or 20) * 60
+    mixed = float(os.environ.get("SOAK_MINUTES") or 20) * 60
+    if kills:
+        sizes = [min(KILLS_OF_AN_EPISODE, kills - done) for done in range(0, kills, KILLS_OF_AN_EPISODE)]
+        yield Part("kills", [partial(chaos_plan.kills, rounds=size) for size in sizes], partitions=4)
+    if storm:
+        yield Part("storm", [partial(chaos_plan.storm, seconds=each) for each in in_episodes(storm)], partitions=12)
+    if mixed:
+        plans = [partial(chaos_plan.mixed, seconds=each) for each in in_episodes(mixed)]
+        yield Part("mixed", plans, partitions=12, survivor=True)
+
+
+def in_episodes(seconds: float) -> list[float]:
+    """Divide *seconds* equally into an even number of episodes: each delivery has as many as the other."""
+    pairs = max(1, round(seconds / EPISODE_SECONDS / 2))
+    return [seconds / pairs / 2] * (2 * pairs)
+
+
+def play(part: Part, number: int, seed: int, broker: Broker, folder: Path) -> None:
+    """Play one episode and remember what it has shown; the folder of one without fault is removed."""
+    delivery = DELIVERIES[number % 2]
+    say(f"\n==> {part.name}, episode {number + 1} of {len(part.episodes)}, {delivery}, seed {seed}")
+    folder.mkdir()
+    stage = fleet_stage(broker, folder, partitions=part.partitions, delivery=delivery)
+    fleet = Fleet(stage, rate=500, say=say)
+    began = time.monotonic()
+    try:
+        if part.survivor:
+            fleet.start(SURVIVOR)
+        fleet.play(part.episodes[number](seed))
+        fleet.settle()
+        findings = fleet.judge()
+    except Exception as error:  # noqa: BLE001 - whatever it was, the other episodes can still tell something
+        part.wrong.append(f"episode {number + 1}: {error!r}")
+        part.happened.update(fleet.happened)
+        say(f"WRONG: {type(error).__name__}: {error}")
+        return
+    finally:
+        stage.put_down()
+        broker.node.thaw()
+    say(f"--- {time.monotonic() - began:.0f} s\n{findings.report()}")
+    part.happened.update(findings.happened)
+    part.wrong += [f"episode {number + 1}: {text}" for text in findings.wrong]
+    if not findings.wrong:
+        shutil.rmtree(folder)
+
+
+def say(text: str) -> None:
+    """Print at once: a soak is watched."""
+    print(text, flush=True)  # noqa: T201 - a program, whose output this is
+
+
+def main() -> int:
+    """Play all parts; return the exit code."""
+    seed = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(10**6))
+    say(f"SOAK_SEED={seed} repeats this")
+    folder = Path(tempfile.mkdtemp(prefix="tierstream-soak-"))
+    (folder / "broker").mkdir()
+    played = list(parts())
+    with maven_broker(folder / "broker") as broker:
+        for part in played:
+            for number in range(len(part.episodes)):
+                own = random.Random(f"{seed}/{part.name}/{number}").randrange(10**6)
+                play(part, number, own, broker, folder / f"{part.name}-{number}")
+    wrong = [f"{part.name}, {text}" for part in played for text in part.wrong]
+    for part in played:
+        missing = [what for what in MUST_HAPPEN[part.name] if not part.happened[what]]
+        wrong += [f"{part.name}: void, as this has not happened once: {what}" for what in missing]
+        say(f"\n==> {part.name}: this really happened")
+        for what, count in sorted(part.happened.items()):
+            say(f"  {what}: {count}")
+    if wrong:
+        say("\n".join([f"\n==> WRONG, with SOAK_SEED={seed}; logs are in {folder}", *wrong]))
+        return 1
+    shutil.rmtree(folder)
+    say(f"\n==> nothing was wrong, with SOAK_SEED={seed}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
