@@ -9,10 +9,17 @@ import pytest
 from brokers import Broker
 from ledger import Entry
 from outages import locked
+from sabotage import sabotage
 from stages import SetStage, Stage
 
 RETRY = {"attempts": 2, "initial": "20ms", "max": "200ms"}
-"""An attempt at a locked database fails after a few seconds by itself."""
+
+IMPATIENT = """
+from consumer.storage import sqlite
+
+sqlite.BUSY_SECONDS = 0.3
+"""
+"""An attempt at a locked database fails by itself, here after a moment instead of seconds."""
 
 
 def insert_some(stage: Stage, name: str, *statuses: int, number: int = 20) -> list[Entry]:
@@ -36,7 +43,7 @@ def answered_at_all(stage: Stage, entries: list[Entry]) -> int:
 def test_by_default_an_outage_pauses_and_nothing_fails(embedded: Broker, set_stage: SetStage) -> None:
     """Contract 6, `retry.exhausted: block`: reasons shown, permits held, nothing answered; it goes on by itself."""
     stage = set_stage(embedded, retry={**RETRY, "attempt_timeout": "20s"})
-    service = stage.start(partitions=2)
+    service = stage.start(partitions=2, environment=sabotage(stage.folder, IMPATIENT))
     before = insert_some(stage, "before", 201)
     stage.ledger.wait_answered(before)
     service.wait(lambda: sum(stage.ledger.committed(stage.group).values()) == 20, "what was answered to be committed")
@@ -77,16 +84,16 @@ def test_by_default_an_outage_pauses_and_nothing_fails(embedded: Broker, set_sta
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("attempt_timeout", "status", "code"),
-    [("100s", 503, "backend_unavailable"), ("1s", 504, "timeout")],
+    ("attempt_timeout", "sabotaged", "status", "code"),
+    [("100s", IMPATIENT, 503, "backend_unavailable"), ("1s", "", 504, "timeout")],
     ids=["unavailable", "too-late"],
 )
 def test_where_that_is_asked_for_attempts_used_up_are_an_answer(
-    embedded: Broker, set_stage: SetStage, attempt_timeout: str, status: int, code: str
+    embedded: Broker, set_stage: SetStage, attempt_timeout: str, sabotaged: str, status: int, code: str
 ) -> None:
     """Contract 2.2 and 6, `retry.exhausted: answer`: each record one failure, retriable, not dead-lettered."""
     stage = set_stage(embedded, retry={**RETRY, "attempt_timeout": attempt_timeout, "exhausted": "answer"})
-    service = stage.start(partitions=2)
+    service = stage.start(partitions=2, environment=sabotage(stage.folder, sabotaged))
     stage.ledger.wait_answered(insert_some(stage, "before", 201, number=2))
 
     with locked(stage.config["storage"]["high_volume"]["path"]):
