@@ -55,6 +55,14 @@ def test_each_lock_contains_the_smaller_one_unchanged() -> None:
     assert pinned("requirements-build.lock").items() <= dev.items()
 
 
+@pytest.mark.process
+def test_pytest_starts_in_this_environment_with_any_configuration(tmp_path: Path) -> None:
+    """Plugins that come with the packages load by themselves, so none may lack what it needs."""
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass\n", encoding="utf-8")
+
+    assert "1 passed" in run(sys.executable, "-m", "pytest", "-c", "/dev/null", tmp_path, cwd=tmp_path)
+
+
 def test_python_versions_agree_everywhere() -> None:
     """Floor, classifiers and CI matrix are one statement made in three places."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
