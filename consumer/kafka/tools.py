@@ -382,16 +382,19 @@ async def record_at(config: Config, topic: str, partition: int, offset: int) -> 
 async def _behind(
     reader: AIOKafkaConsumer, partitions: Iterable[TopicPartition], ends: Mapping[TopicPartition, int]
 ) -> list[TopicPartition]:
-    """Return those of *partitions* not read to their end, and pause the others.
+    """Return those of *partitions* not read to their end; pause the others there, so that reading can go on later.
 
-    Each has been sought, so its position is known.
+    Each has been sought, so its position is known. It may have moved beyond the end, by records written since.
     """
     behind = []
     for partition in partitions:
-        if await reader.position(partition) < ends[partition]:
+        position = await reader.position(partition)
+        if position < ends[partition]:
             behind.append(partition)
-        else:
-            reader.pause(partition)
+            continue
+        reader.pause(partition)
+        if position > ends[partition]:
+            reader.seek(partition, ends[partition])
     return behind
 
 

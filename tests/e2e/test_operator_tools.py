@@ -529,3 +529,23 @@ async def test_a_fetch_of_many_small_records_is_unpacked_bit_by_bit(
 
     assert offsets == list(range(count))
     assert max(taken) <= tools.RECORDS_AT_ONCE
+
+
+async def test_reading_goes_on_where_it_ended(desk: Desk) -> None:
+    """A fetch brings what was written since the end was asked for; who reads on later must not miss it."""
+
+    def write(first: int, last: int) -> None:
+        producer = Producer({"bootstrap.servers": desk.broker.bootstrap, "log_level": 0})
+        for number in range(first, last):
+            producer.produce(desk.operations, b"%d" % number, partition=0)
+        assert producer.flush(20) == 0
+
+    await asyncio.to_thread(write, 0, 20)
+    path = desk.folder / "config.yaml"
+    path.write_text(yaml.safe_dump(desk.tree), encoding="utf-8")
+    async with tools.open_reader(load(path, {}), desk.operations, 0) as (reader, (place,), _, _ends):
+        reader.seek(place, 0)
+        # All twenty are there from the start, and come with the first fetch.
+        read = [[record.offset async for record in tools.read_until(reader, {place: end})] for end in (5, 12, 20)]
+
+    assert read == [list(range(5)), list(range(5, 12)), list(range(12, 20))]
