@@ -37,6 +37,7 @@ class ConsumerDouble:
         """What lies in each partition."""
         self.first: dict[TopicPartition, int] = {}
         """First offset that still exists, where it is not 0."""
+        self._ends: dict[TopicPartition, int] = {}
         self.positions: dict[TopicPartition, int] = {}
         self.paused: set[TopicPartition] = set()
         self.committed: dict[TopicPartition, OffsetAndMetadata] = {}
@@ -128,10 +129,15 @@ class ConsumerDouble:
         """The client hears that it is no member any more."""
         self._coordinator.generation = -1
 
+    def cross(self, partition: TopicPartition, position: int) -> None:
+        """Let the log go on up to *position* with offsets that hold no record, and the client get over them."""
+        self._ends[partition] = self.positions[partition] = position
+
     def end(self, partition: TopicPartition) -> int:
-        """The offset after the last record."""
+        """The offset after the last record, or after what lies behind it."""
         records = self.log.get(partition, [])
-        return records[-1].offset + 1 if records else self.first.get(partition, 0)
+        end = records[-1].offset + 1 if records else self.first.get(partition, 0)
+        return max(end, self._ends.get(partition, 0))
 
     # ------------------------------------------------------------------------------------------ the client's own
 

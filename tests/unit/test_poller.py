@@ -1123,7 +1123,7 @@ class TestCommits:
         await rig.join(FIRST)
         await rig.answered(0)
 
-        rig.consumer.positions[FIRST] = 7
+        rig.consumer.cross(FIRST, 7)
 
         await until(lambda: rig.consumer.committed[FIRST] == OffsetAndMetadata(7, ""))
 
@@ -1134,7 +1134,7 @@ class TestCommits:
         await rig.join(FIRST)
         await until(lambda: bool(rig.storage.running))
 
-        rig.consumer.positions[FIRST] = 7
+        rig.consumer.cross(FIRST, 7)
         await rig.polled_again(5)
 
         assert {points[FIRST].offset for points in rig.consumer.commits} == {0}
