@@ -46,10 +46,10 @@ H18f   e2e/test_network
 H18g   unit/test_responses
 H20    here; e2e/test_exactly_once, unit/test_transactions
 H21    e2e/test_exactly_once, unit/test_transactions, unit/test_poller
-H22    e2e/test_exactly_once, unit/test_poller
+H22    e2e/test_key_order, unit/test_poller
 H23    e2e/test_network, unit/test_transactions
 H24    unit/test_transactions
-H25    e2e/test_exactly_once, unit/test_connection
+H25    e2e/test_key_order, unit/test_connection
 H26    unit/test_transactions
 H30    unit/test_poller (silence is told); clients for reading, writing and asking are separate ones
 H31    unit/test_watchdog

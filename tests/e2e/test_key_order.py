@@ -93,7 +93,10 @@ def finished_above(service: ServiceProcess) -> dict[int, tuple[int, set[int]]]:
 @pytest.mark.timeout(120 + PUMP_SECONDS * (ROUNDS + 1))
 @pytest.mark.parametrize("delivery", ["at-least-once", "exactly-once"])
 def test_what_was_written_last_stays_through_kills(apache: Broker, set_stage: SetStage, delivery: str) -> None:
-    """I7, contract 3, 4: insert A, insert B on one object never ends as A; no response leaves early."""
+    """I7, contract 3, 4: insert A, insert B on one object never ends as A; no response leaves early.
+
+    H22, H25: in transactions, a kill leaves one open, which the next owner ends before it reads where to begin.
+    """
     stage = set_stage(
         apache,
         partitions=PARTITIONS,
