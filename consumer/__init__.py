@@ -146,6 +146,7 @@ if TYPE_CHECKING:
     from consumer.storage.bigtable import BigtableBackend
     from consumer.storage.bigtable_change_log import BigtableChangeLog
     from consumer.storage.filesystem import FilesystemBackend
+    from consumer.storage.gcs import GcsBackend
     from consumer.storage.memory import MemoryBackend, MemoryChangeLog
     from consumer.storage.sqlite import SqliteBackend
     from consumer.storage.sqlite_change_log import SqliteChangeLog
@@ -163,6 +164,7 @@ _HOMES = {
     "Delete": "operations",
     "Deleted": "operations",
     "FilesystemBackend": "storage.filesystem",
+    "GcsBackend": "storage.gcs",
     "Get": "operations",
     "Got": "operations",
     "Head": "operations",
@@ -212,6 +214,7 @@ __all__ = [
     "Delete",
     "Deleted",
     "FilesystemBackend",
+    "GcsBackend",
     "Get",
     "Got",
     "Head",

@@ -70,7 +70,14 @@ from consumer.responses import response_partition
 from consumer.retry import RetryPolicy
 from consumer.service import StorageService
 from consumer.stacks import task_stacks
-from consumer.storage.factory import make_change_log, make_high_volume, make_long_term, open_parts
+from consumer.storage.factory import (
+    BucketReader,
+    make_bucket_reader,
+    make_change_log,
+    make_high_volume,
+    make_long_term,
+    open_parts,
+)
 from consumer.storage.tiered import TieredStorage
 from consumer.suspects import Suspects
 from consumer.watchdog import LOOK_SECONDS, Suspicion, Watchdog, WatchdogTripped, watchdog_limits
@@ -179,6 +186,7 @@ class App:
         self._change_log_entries: int | None = None
         self._not_started: str | None = "connecting to the broker"
         self._storage: TieredStorage | None = None
+        self._buckets: BucketReader | None = None
         self._schemas: SchemaRegistry | None = None
         self._publisher: Publisher | None = None
         self._poller: Poller | None = None
@@ -254,8 +262,11 @@ class App:
         """
         storage = self._config.storage
         high_volume = make_high_volume(storage.high_volume)
-        long_term = make_long_term(storage.long_term, self._config.references.base_uri)
+        long_term = make_long_term(
+            storage.long_term, self._config.references.base_uri, at_once=self._config.concurrency.limit
+        )
         change_log = make_change_log(storage.change_log)
+        self._buckets = make_bucket_reader(self._config.references.allowed_prefixes, long_term)
         try:
             await open_parts(high_volume, long_term, change_log)
         except BackendUnavailable as error:
@@ -326,7 +337,11 @@ class App:
         service = StorageService(
             _Limited(self._storage, response_bytes_max, by_reference=config.handout_seconds is not None),
             self._limiter,
-            references=References(config.references.allowed_prefixes, config.limits.object_bytes),
+            references=References(
+                config.references.allowed_prefixes,
+                config.limits.object_bytes,
+                openers={} if self._buckets is None else {"gs": self._buckets.open_object},
+            ),
             retry=RetryPolicy(
                 config.retry.attempts,
                 config.retry.initial,
@@ -483,7 +498,12 @@ class App:
             await self._step("publisher", stopping, PUBLISHER_STOP_SECONDS + 2 * STEP_SECONDS)
         if self._storage is not None:
             await self._step("storage's clean-ups", self._storage.join(), STORAGE_JOIN_SECONDS)
-            await self._step("storage", self._storage.close(), STORAGE_CLOSE_SECONDS)
+            await self._step("storage", self._close_storage(self._storage), STORAGE_CLOSE_SECONDS)
+
+    async def _close_storage(self, storage: TieredStorage) -> None:
+        await storage.close()
+        if self._buckets is not None:
+            await self._buckets.close()
 
     async def _step(self, name: str, work: Coroutine[Any, Any, _Result], seconds: float) -> _Result | None:
         """Run one step of the stop; None where it failed, or did not end in *seconds*, which the log tells."""

@@ -70,6 +70,8 @@ REQUEST_MARGIN_SECONDS: Final = 5.0
 begins again, for ever (hazard H16d)."""
 HEARTBEATS_PER_SESSION: Final = 3
 """Two lost heartbeats must not cost the membership."""
+OBJECT_PREFIX_BYTES_MAX: Final = 80
+"""Longest prefix of object names: with a revision's 937 bytes it stays under the 1,024 bytes of a GCS object name."""
 CELL_BYTES_MAX: Final[Mapping[str, int]] = {"bigtable": 100_000_000, "sqlite": 1_000_000_000}
 """Largest value of one cell by type of high-volume tier: Bigtable's documented hard limit, SQLite's compiled one."""
 
@@ -193,6 +195,12 @@ def _check_prefixes(prefixes: list[str]) -> list[str]:
             f"holds prefixes like gs://BUCKET/ or file:///PATH/, ending with a slash, not {' or '.join(wrong)}"
         )
     return prefixes
+
+
+def _check_object_prefix(prefix: str) -> str:
+    if len(prefix.encode()) > OBJECT_PREFIX_BYTES_MAX or prefix.startswith(".") or not prefix.isprintable():
+        raise ValueError(f"has at most {OBJECT_PREFIX_BYTES_MAX} bytes, all printable, the first one no dot")
+    return prefix
 
 
 def _check_http_url(url: str) -> str:
@@ -563,7 +571,7 @@ class GcsTier(_Section):
     """The bucket."""
     endpoint: Annotated[str, AfterValidator(_check_http_url)] | None = None
     """Address of an emulator; implies anonymous credentials."""
-    prefix: str = ""
+    prefix: Annotated[str, AfterValidator(_check_object_prefix)] = ""
     """What all object names begin with."""
 
 

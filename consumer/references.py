@@ -10,11 +10,15 @@
    * A link, or anything but a regular file: ``reference_denied``.
    * Missing, or not ours to read: ``reference_unreadable``.
    * Out of descriptors, a disk that fails now: ``backend_unavailable``; trying again may help.
-4. The size found is the size given (else ``reference_mismatch``) and within the limit (else ``payload_too_large``).
+4. Size and CRC-32C found are those given (else ``reference_mismatch``), and the size is within the limit (else
+   ``payload_too_large``). A file's CRC-32C is not known before it has been read, that of an object in a bucket is.
 
 **Read**: chunks of :data:`CHUNK_BYTES`, in order, once. What was promised is checked as it passes: a byte over the
 size or the limit ends the reading at once, a byte short or another CRC-32C ends it after the last chunk. Whoever stores
 a payload stores nothing when its iterator raises.
+
+**Not read at all**: a payload that lies in an object store says where (``copy_source``). A store of the same service
+copies it, and no byte passes through here; everything that was promised has been checked at 4.
 
 Files are read in threads of our own, so that a disk that hangs holds up references and nothing else.
 """
@@ -37,6 +41,7 @@ import google_crc32c
 
 from consumer.errors import BackendUnavailable, ConfigError, ReferenceFailure, TierstreamError, TooLarge
 from consumer.operations import PayloadReference
+from consumer.storage.backend import CopySource
 
 CHUNK_BYTES = 256 * 1024
 """Bytes of one read: large enough that the hop to a thread (about 0.1 ms) is a small part of it, small enough that a
@@ -59,8 +64,15 @@ T = TypeVar("T")
 class Source(Protocol):
     """A payload that has been opened and is read from start to end."""
 
-    size: int | None
-    """Bytes in all, when known before reading."""
+    @property
+    def size(self) -> int | None:
+        """Bytes in all, when known before reading."""
+        ...
+
+    @property
+    def crc32c(self) -> int | None:
+        """CRC-32C of all bytes, when known before reading; ``copy_source`` may say where they lie."""
+        ...
 
     async def read(self) -> bytes:
         """Return the next chunk, empty at the end."""
@@ -139,6 +151,8 @@ class References:
             failure: TierstreamError | None = None
             if reference.size not in {None, source.size}:
                 failure = _mismatch("size")
+            elif source.crc32c is not None and reference.crc32c not in {None, source.crc32c}:
+                failure = _mismatch("crc32c")
             elif source.size > self._object_bytes_max:
                 failure = self._too_large()
             if failure is not None:
@@ -172,7 +186,7 @@ class CheckedPayload:
     Raises (while read):
         ReferenceFailure: ``reference_mismatch``, or ``reference_unreadable`` where reading fails.
         TooLarge: more bytes than ``object_bytes_max``; only a payload that grows while it is read gets there.
-        BackendUnavailable: reading failed for now.
+        BackendUnavailable: reading failed for now, or what came is not what lies there.
     """
 
     def __init__(self, source: Source, reference: PayloadReference, bytes_max: int) -> None:
@@ -181,7 +195,13 @@ class CheckedPayload:
         self._bytes_max = bytes_max
         self._bytes_left = bytes_max if reference.size is None else reference.size
         self._crc32c = 0
-        self._ended = False
+        self._begun = self._ended = False
+
+    @property
+    def copy_source(self) -> CopySource | None:
+        """Where the payload lies in an object store, as long as nothing of it has been read."""
+        found = getattr(self._source, "copy_source", None)
+        return found if isinstance(found, CopySource) and not self._begun else None
 
     def __aiter__(self) -> Self:
         return self
@@ -190,6 +210,7 @@ class CheckedPayload:
         """Return the next chunk; never an empty one."""
         if self._ended:
             raise StopAsyncIteration
+        self._begun = True
         try:
             chunk = await self._source.read()
             self._check(chunk)
@@ -216,11 +237,13 @@ class CheckedPayload:
             if size is None:
                 raise TooLarge(f"the payload has more than {self._bytes_max} bytes")
             raise _mismatch("size")
-        if crc32c is not None:
+        if crc32c is not None or self._source.crc32c is not None:
             self._crc32c = google_crc32c.extend(self._crc32c, chunk)
         if not chunk:
             if size is not None and self._bytes_left:
                 raise _mismatch("size")
+            if self._source.crc32c not in {None, self._crc32c}:
+                raise BackendUnavailable("the payload was damaged on its way")
             if crc32c not in {None, self._crc32c}:
                 raise _mismatch("crc32c")
 
@@ -230,6 +253,7 @@ class _File:
 
     def __init__(self, threads: ThreadPoolExecutor, directory: bytes, below: list[bytes]) -> None:
         self.size: int | None = None
+        self.crc32c: int | None = None
         self._threads = threads
         self._directory = directory
         self._below = below

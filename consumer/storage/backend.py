@@ -27,7 +27,30 @@ if TYPE_CHECKING:
     from consumer.ids import ObjectId
 
 Payload: TypeAlias = bytes | AsyncIterable[bytes]
-"""A payload to store: whole, or as chunks that are read once, in order."""
+"""A payload to store: whole, or as chunks that are read once, in order.
+
+Chunks that lie in an object store as a whole may say so in an attribute ``copy_source``, a :class:`CopySource` or None:
+their size is known then, and a backend of the same store may copy them where they are instead of reading them.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CopySource:
+    """Where a payload lies, immutable: one generation of one object of one store."""
+
+    store: str
+    """Address of the store; a backend copies only from its own."""
+    bucket: str
+    name: str
+    generation: int
+    size: int
+    crc32c: int
+
+
+def copy_source(payload: Payload) -> CopySource | None:
+    """Return where *payload* lies, None where it has to be read."""
+    found = getattr(payload, "copy_source", None)
+    return found if isinstance(found, CopySource) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ start and ends it (contract 11), instead of failing every operation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -41,6 +42,18 @@ class ChangeLogSettings(TierSettings, Protocol):
         ...
 
 
+class BucketReader(Protocol):
+    """Opens objects in buckets."""
+
+    async def open_object(self, bucket: str, name: str) -> Any:
+        """Open an object, to be read once; what it raises stands at `consumer.references`."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of threads and connections; a second call does nothing."""
+        ...
+
+
 def make_high_volume(settings: TierSettings) -> HighVolumeBackend:
     """Make the high-volume tier: ``memory``, ``sqlite`` (``path``) or ``bigtable``.
 
@@ -58,12 +71,15 @@ def make_high_volume(settings: TierSettings) -> HighVolumeBackend:
             raise ConfigError(f"storage.high_volume.type is memory, sqlite or bigtable, not {unknown}")
 
 
-def make_long_term(settings: TierSettings, base_uri: str | None = None) -> LongTermBackend:
+def make_long_term(
+    settings: TierSettings, base_uri: str | None = None, *, at_once: int | None = None
+) -> LongTermBackend:
     """Make the long-term tier: ``memory``, ``filesystem`` (``path``) or ``gcs``.
 
     Args:
         settings: Its section.
         base_uri: ``references.base_uri``: what takes the place of a folder's ``file:`` URI.
+        at_once: Operations that may run at a time, for what is sized by them; None = those of a default process.
 
     Raises:
         ConfigError: the type is unknown or not installed.
@@ -74,7 +90,7 @@ def make_long_term(settings: TierSettings, base_uri: str | None = None) -> LongT
         case "filesystem":
             return FilesystemBackend(_path(settings), base_uri=base_uri)
         case "gcs":
-            return cast("LongTermBackend", _extra("gcs", "GcsBackend").from_settings(settings))
+            return cast("LongTermBackend", _extra("gcs", "GcsBackend").from_settings(settings, threads=at_once))
         case unknown:
             raise ConfigError(f"storage.long_term.type is memory, filesystem or gcs, not {unknown}")
 
@@ -96,6 +112,23 @@ def make_change_log(settings: ChangeLogSettings) -> ChangeLog:
             )
         case unknown:
             raise ConfigError(f"storage.change_log.type is memory, sqlite or bigtable, not {unknown}")
+
+
+def make_bucket_reader(allowed_prefixes: Sequence[str], long_term: LongTermBackend) -> BucketReader | None:
+    """Make what opens payload references to objects in buckets, None where none are allowed.
+
+    The client of the long-term tier where that is ``gcs``, so that the tier may copy what is opened; else one of its
+    own, with the default credentials of the environment.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if not any(prefix.startswith("gs://") for prefix in allowed_prefixes):
+        return None
+    client = getattr(long_term, "gcs", None)
+    if client is None:
+        client = _extra("gcs", "GcsClient")()
+    return cast("BucketReader", client)
 
 
 async def open_parts(*parts: HighVolumeBackend | LongTermBackend | ChangeLog) -> None:
@@ -122,4 +155,4 @@ def _extra(name: str, made: str, module: str | None = None) -> Any:
     try:
         return getattr(import_module(f"consumer.storage.{module or name}"), made)
     except ModuleNotFoundError:
-        raise ConfigError(f"storage type {name} needs the extra tierstream[{name}]") from None
+        raise ConfigError(f"storage type {name} needs the extra: pip install tierstream[{name}]") from None

@@ -1,4 +1,8 @@
-"""The stored form of metadata, shared by rows and files: compact JSON, and when an object counts as expired (pure).
+"""The stored forms of metadata, and when an object counts as expired (pure).
+
+Rows and files keep compact JSON (:func:`encode_metadata`); object stores keep pairs beside the payload, ``x-sn-…`` for
+our fields and ``x-snme-…`` for custom ones (:func:`encode_pairs`; checklist MD-9), where people and other tools can
+read them. Content type, compression and size have places of their own in an object store and are no pairs.
 
 * Written: absent, manual and empty values are left out (checklist MD-8); times are RFC 3339 in UTC with all six digits
   of the microseconds (MD-7), so that equal metadata are equal bytes and the bytes can serve as a precondition.
@@ -9,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,6 +28,10 @@ VERSION = 1
 FORBIDDEN_FOR = timedelta(days=1)
 """How long a forbidden revision stays forbidden: far beyond every deadline, lease and pause a late swap could come
 from, short enough that the list stays small."""
+
+PAIR_PREFIX = "x-sn-"
+CUSTOM_PREFIX = "x-snme-"
+"""What the names of pairs begin with: our own, and custom ones (MD-9). Neither is a prefix of the other."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -116,6 +124,70 @@ def _from_fields(fields: dict[str, Any]) -> Metadata:
         time_expires=None if expires is None else datetime.fromisoformat(expires),
         size=fields.get("size"),
     )
+
+
+def encode_pairs(metadata: Metadata) -> dict[str, str]:
+    """Return the pairs that an object store keeps beside the payload; deterministic.
+
+    Raises:
+        InvalidMetadata: a text is not valid Unicode, or a time has no timezone.
+    """
+    pairs = {f"{CUSTOM_PREFIX}{name}": value for name, value in metadata.custom.items()}
+    own = {
+        "expiration": None if metadata.expiration is None else _expiration_text(metadata.expiration),
+        "filename": metadata.filename,
+        "origin": metadata.origin,
+        "time-created": None if metadata.time_created is None else _time_text(metadata.time_created),
+        "time-expires": None if metadata.time_expires is None else _time_text(metadata.time_expires),
+    }
+    pairs |= {f"{PAIR_PREFIX}{name}": text for name, text in own.items() if text}
+    try:
+        for name, text in pairs.items():
+            name.encode()
+            text.encode()
+    except UnicodeEncodeError:
+        raise InvalidMetadata("metadata is valid Unicode, without lone surrogates") from None
+    return pairs
+
+
+def decode_pairs(pairs: Mapping[str, str], *, content_type: str, compression: str | None, size: int) -> Metadata:
+    """Read metadata back from pairs and from what has a place of its own; pairs of others are ignored.
+
+    Raises:
+        BackendError: the pairs are damaged, or were written by a newer version in a form this one must not read.
+    """
+    own = {name.removeprefix(PAIR_PREFIX): text for name, text in pairs.items() if name.startswith(PAIR_PREFIX)}
+    created, expires, expiration = own.get("time-created"), own.get("time-expires"), own.get("expiration")
+    try:
+        if int(own.get("version", "1")) <= VERSION:
+            return Metadata(
+                content_type=content_type,
+                expiration=None if expiration is None else _expiration(expiration),
+                compression=compression or None,
+                filename=own.get("filename"),
+                origin=own.get("origin"),
+                custom={
+                    name.removeprefix(CUSTOM_PREFIX): text
+                    for name, text in pairs.items()
+                    if name.startswith(CUSTOM_PREFIX)
+                },
+                time_created=None if created is None else datetime.fromisoformat(created),
+                time_expires=None if expires is None else datetime.fromisoformat(expires),
+                size=size,
+            )
+    except (KeyError, ValueError):
+        raise BackendError("stored metadata is unreadable") from None
+    raise BackendError("stored metadata was written by a newer version")
+
+
+def _expiration_text(expiration: Expiration) -> str:
+    """Return the policy as ``ttl:60s`` (MD-2)."""
+    return f"{expiration.policy}:{expiration.seconds}s"
+
+
+def _expiration(text: str) -> Expiration:
+    policy, _, duration = text.partition(":")
+    return _POLICIES[policy](int(duration.removesuffix("s")))
 
 
 def _time_text(time: datetime) -> str:

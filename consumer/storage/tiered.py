@@ -8,7 +8,8 @@ step on the row makes every change real.
 **Put**
 
 1. Read ahead, at most the threshold and the chunk that crosses it (SIZ-2). Error of the payload: raised, nothing is
-   stored (SIZ-5).
+   stored (SIZ-5). A large payload that lies in an object store (:class:`CopySource`) is not read ahead: its size is
+   known, and the long-term tier may copy it where it is.
 2. Stamp ``time_created``, ``time_expires`` and ``size``, whatever the caller's metadata says there (MD-5).
 
 *Small* (SIZ-1: exactly the threshold is small)
@@ -78,6 +79,7 @@ from consumer.operations import Metadata, PayloadReference, StoredObject, TimeTo
 from consumer.storage.backend import (
     Change,
     ChangeLog,
+    CopySource,
     HighVolumeBackend,
     InlineObject,
     LongTermBackend,
@@ -86,6 +88,7 @@ from consumer.storage.backend import (
     Revision,
     TieredWrite,
     Tombstone,
+    copy_source,
 )
 from consumer.storage.change_log import Changes
 from consumer.storage.handouts import Handouts
@@ -183,8 +186,11 @@ class TieredStorage:
         """
         if not self.changes.started:
             self.changes.start()
+        source: CopySource | None = None
         if not isinstance(payload, bytes):
-            payload = await _read_ahead(payload, self.threshold)
+            source = copy_source(payload)
+            if source is None or source.size <= self.threshold:
+                payload = await _read_ahead(payload, self.threshold)
         now = self._clock()
         expiration = metadata.expiration
         stamped = Metadata(
@@ -196,7 +202,7 @@ class TieredStorage:
             metadata.custom,
             now,
             None if expiration is None else now + timedelta(seconds=expiration.seconds),
-            len(payload) if isinstance(payload, bytes) else None,
+            len(payload) if isinstance(payload, bytes) else None if source is None else source.size,
         )
         if isinstance(payload, bytes) and len(payload) <= self.threshold:
             found = await self._high_volume.put_non_tombstone(object_id, stamped, payload)

@@ -40,7 +40,7 @@ EDGES = {
     "aiokafka": {"consumer/kafka/", "consumer/bench.py"},
     "fastavro": {"consumer/codec.py", "consumer/avro_schemas.py", "consumer/bench.py"},
     "prometheus_client": {"consumer/metrics.py", "consumer/admin.py"},
-    "google": {"consumer/storage/bigtable_table.py", "consumer/storage/gcs.py"},
+    "google": {"consumer/storage/bigtable_table.py", "consumer/storage/gcs_client.py"},
 }
 """The only places that may import a vendor's package, directly."""
 

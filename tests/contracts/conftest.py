@@ -14,9 +14,12 @@ from bigtable_emulator import Emulator
 from consumer.ids import ObjectContext, ObjectId, Scope
 from consumer.storage.backend import ChangeLog, HighVolumeBackend, LongTermBackend
 from consumer.storage.filesystem import FilesystemBackend
+from consumer.storage.gcs import GcsBackend
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
 from consumer.storage.sqlite import SqliteBackend
 from consumer.storage.sqlite_change_log import SqliteChangeLog
+from gcs_servers import NewBucket
+from strict_gcs import StrictGcs
 
 
 class ManualClock:
@@ -64,6 +67,18 @@ class Place:
         return found
 
     @property
+    def strict_gcs(self) -> StrictGcs:
+        """A server of this test's own, with an empty bucket."""
+        found: StrictGcs = self._request.getfixturevalue("strict_gcs")
+        return found
+
+    @property
+    def fake_gcs(self) -> NewBucket:
+        """The running emulator of buckets."""
+        found: NewBucket = self._request.getfixturevalue("fake_gcs")
+        return found
+
+    @property
     def table(self) -> str:
         """The table of rows and changes."""
         if self._table is None:
@@ -80,10 +95,20 @@ HIGH_VOLUME: dict[str, Callable[[Place, ManualClock], HighVolumeBackend]] = {
 LONG_TERM: dict[str, Callable[[Place, ManualClock], LongTermBackend]] = {
     "memory": lambda _place, clock: MemoryBackend(clock=clock),
     "filesystem": lambda place, clock: FilesystemBackend(place.folder / "data" / "objects", clock=clock),
+    "gcs, strict server": lambda place, clock: GcsBackend(
+        "bucket", endpoint=place.strict_gcs.endpoint, prefix="tier/", clock=clock
+    ),
+    "gcs, fake-gcs-server": lambda place, clock: _in_new_bucket(place.fake_gcs, clock),
 }
 
 REFERENCED = [name for name in LONG_TERM if name != "memory"]
 """Those whose payloads others can read."""
+
+
+def _in_new_bucket(new_bucket: NewBucket, clock: ManualClock) -> GcsBackend:
+    endpoint, bucket = new_bucket()
+    return GcsBackend(bucket, endpoint=endpoint, prefix="tier/", clock=clock)
+
 
 OpenLog = Callable[..., ChangeLog]
 """Called with ``owner`` and ``lease_seconds``; logs opened by one test share what a disk would keep."""
@@ -100,6 +125,9 @@ CHANGE_LOGS: dict[str, Callable[[Place, ManualClock], OpenLog]] = {
     ),
 }
 
+EMULATED = {"bigtable", "gcs, fake-gcs-server"}
+"""Those that need an emulator."""
+
 DURABLE_CHANGE_LOGS = [name for name in CHANGE_LOGS if name != "memory"]
 """Those that outlive their process."""
 
@@ -112,7 +140,7 @@ def clock() -> ManualClock:
 
 def choices(names: Iterable[str]) -> list[Any]:
     """Return the parameters of a fixture; what needs an emulator is marked so."""
-    return [pytest.param(name, marks=pytest.mark.emulator) if name == "bigtable" else name for name in names]
+    return [pytest.param(name, marks=pytest.mark.emulator) if name in EMULATED else name for name in names]
 
 
 @pytest.fixture
@@ -148,7 +176,7 @@ async def _create(part: object) -> None:
         await creating()
 
 
-@pytest.fixture(params=REFERENCED)
+@pytest.fixture(params=choices(REFERENCED))
 async def referenced(request: Any, place: Place, clock: ManualClock) -> AsyncIterator[LongTermBackend]:
     """Lend each long-term tier in turn whose payloads others can read; it is a `ReferencedTier` too."""
     backend = LONG_TERM[request.param](place, clock)

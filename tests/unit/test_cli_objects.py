@@ -21,11 +21,13 @@ from consumer.ids import ObjectContext, ObjectId, Scope
 from consumer.operations import Metadata, TimeToIdle
 from consumer.storage.backend import Change, Revision, Tombstone
 from consumer.storage.filesystem import FilesystemBackend
+from consumer.storage.gcs import GcsBackend
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
 from consumer.storage.revision import new_revision, uuid7
 from consumer.storage.sqlite import SqliteBackend
 from consumer.storage.sqlite_change_log import SqliteChangeLog
 from consumer.storage.tiered import TieredStorage
+from strict_gcs import StrictGcs
 
 T = TypeVar("T")
 
@@ -196,6 +198,42 @@ class TestInit:
             ]
         }
         assert said.json["parts"][1]["where"] == "b/objects/"
+
+    def test_every_command_works_on_a_bucket(self, tierstream: Tierstream, strict_gcs: StrictGcs) -> None:
+        """Created or checked, looked at, checked, removed."""
+        bucket = {"type": "gcs", "bucket": "bucket", "prefix": "objects/", "endpoint": strict_gcs.endpoint}
+        config = {"storage": {"long_term": bucket}}
+        init = tierstream("storage", "init", config=config)
+        assert init.code == 0, init.err
+        assert "storage.long_term: gcs bucket/objects/, ready" in init.out
+
+        async def put() -> None:
+            long_term = GcsBackend("bucket", endpoint=strict_gcs.endpoint, prefix="objects/")
+            storage = TieredStorage(SqliteBackend("data/objects.sqlite"), long_term, threshold=THRESHOLD)
+            await storage.put(LARGE, Metadata("text/plain"), b"a larger payload")
+            await long_term.put(old_revision(), Metadata(), b"an orphan")
+            await storage.join()
+            await storage.close()
+
+        asyncio.run(put())
+        read = tierstream("storage", "get", LARGE.storage_path, config=config)
+        seen = tierstream("storage", "head", LARGE.storage_path, "--json", config=config).json
+        found = tierstream("storage", "verify", "--json", config=config)
+        mended = tierstream("storage", "verify", "--repair", "--yes", config=config)
+        removed = tierstream("storage", "rm", LARGE.storage_path, "--yes", config=config)
+
+        assert (read.out, seen["tier"]) == ("a larger payload", "long_term")
+        assert (found.code, len(found.json["orphans"]), found.json["dangling"]) == (1, 1, [])
+        assert (mended.code, removed.code) == (0, 0), mended.err + removed.err
+        assert not strict_gcs.bucket("bucket")
+
+    def test_a_bucket_that_is_not_there_is_refused(self, tierstream: Tierstream, strict_gcs: StrictGcs) -> None:
+        """Contract 11: configuration, exit 2."""
+        bucket = {"type": "gcs", "bucket": "absent", "endpoint": strict_gcs.endpoint}
+        said = tierstream("storage", "init", config={"storage": {"long_term": bucket}})
+
+        assert said.code == 2
+        assert "there is no bucket absent" in said.err
 
     def test_files_of_something_else_are_refused(self, tierstream: Tierstream, tmp_path: Path) -> None:
         """Contract 11: configuration, exit 2."""

@@ -304,6 +304,7 @@ class Bucket:
     """An opener for one more scheme; counts what is closed."""
 
     size: int | None = 4
+    crc32c: int | None = None
 
     def __init__(self) -> None:
         self.chunks = [b"da", b"ta"]

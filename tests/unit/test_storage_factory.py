@@ -91,7 +91,7 @@ def test_a_cloud_type_comes_with_its_extra(make: Any, name: str, made: str, monk
 
     class Backend:
         @staticmethod
-        def from_settings(given: Any) -> Any:
+        def from_settings(given: Any, **_sizes: Any) -> Any:
             return ("made from", given)
 
     installed = ModuleType(f"consumer.storage.{name}")
