@@ -38,7 +38,6 @@ NOT_HERE = {
     "LOG-7": "phases are inner state, without `assembling`; what each leaves behind is LOG-8",
     "LOG-11": "the phase `assembling` belongs to multipart uploads (TIER-19)",
     "MD-6": "an expiry cannot be missing: storage computes it from the policy at every write (MD-5)",
-    "MD-9": "metadata in HTTP headers: there is no HTTP interface for objects; the GCS backend has names of its own",
     "SIZ-7": "the reference's cap on batched inserts; here records have limits of their own; both tiers are reached",
     "SVC-6": "there is no emitter that could have captured an older limiter (LIM-12)",
     "SVC-7": "limit and gauges are read when metrics are scraped (LIM-12)",

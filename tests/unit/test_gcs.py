@@ -845,6 +845,46 @@ class TestDeadlines:
             await calls[kind]()
         assert strict_gcs.kinds()[before:].count(kind) == 3
 
+    async def test_looking_at_what_is_there_already_has_one_too(
+        self, tier: GcsBackend, strict_gcs: StrictGcs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It follows a 412 in the same step."""
+        await tier.put(REVISION, Metadata(), b"payload")
+        impatient(monkeypatch, 0.15)
+        strict_gcs.plan("find", times=2, stall=True)
+        strict_gcs.plan("find", status=503)
+
+        with pytest.raises(BackendUnavailable, match="gcs: "):
+            await tier.put(REVISION, Metadata(), b"payload")
+        assert strict_gcs.kinds()[1:] == ["insert", "find"] * 3
+
+    async def test_taking_a_name_has_one_too(
+        self, tier: GcsBackend, strict_gcs: StrictGcs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A delete that replaces."""
+        strict_gcs.plan("insert", after_effect=True)
+        await tier.put(REVISION, Metadata(), b"payload")
+        impatient(monkeypatch, 0.15)
+        strict_gcs.plan("insert", times=3, stall=True)
+        before = len(strict_gcs.requests)
+
+        with pytest.raises(BackendUnavailable, match="gcs: "):
+            await tier.delete(REVISION)
+        assert strict_gcs.kinds()[before:] == ["insert"] * 3
+
+    async def test_calling_off_has_one_too_and_is_tried_once(
+        self, tier: GcsBackend, strict_gcs: StrictGcs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A join waits for it."""
+        impatient(monkeypatch, 0.15)
+        strict_gcs.plan("piece", times=3, status=503)
+        strict_gcs.plan("cancel", stall=True)
+        with pytest.raises(BackendUnavailable):
+            await tier.put(REVISION, Metadata(), stream(LARGE))
+        async with asyncio.timeout(20):
+            await tier.join()
+        assert strict_gcs.kinds().count("cancel") == 1
+
 
 async def test_closing_waits_for_what_runs_and_refuses_what_comes(strict_gcs: StrictGcs) -> None:
     """No thread, no connection is left."""

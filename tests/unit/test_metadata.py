@@ -9,7 +9,15 @@ import pytest
 
 from consumer.errors import BackendError, InvalidMetadata
 from consumer.operations import Metadata, TimeToIdle, TimeToLive
-from consumer.storage.metadata import VERSION, decode_metadata, encode_metadata, expired, micros
+from consumer.storage.metadata import (
+    VERSION,
+    decode_metadata,
+    decode_pairs,
+    encode_metadata,
+    encode_pairs,
+    expired,
+    micros,
+)
 
 NOON = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -147,3 +155,56 @@ def test_what_never_expires_asks_no_clock() -> None:
         raise AssertionError
 
     assert not expired(Metadata(), clock)
+
+
+class TestPairs:
+    """The form beside a payload in an object store (MD-8, MD-9)."""
+
+    @staticmethod
+    def read(pairs: dict[str, str]) -> Metadata:
+        """Read *pairs* of an object that says nothing else about itself."""
+        return decode_pairs(pairs, content_type="text/plain", compression=None, size=7)
+
+    def test_absent_and_empty_values_are_left_out(self) -> None:
+        assert encode_pairs(Metadata(filename="", origin="", size=7)) == {}
+
+    def test_what_has_a_place_of_its_own_comes_from_there(self) -> None:
+        """Content type, compression, size."""
+        found = decode_pairs({}, content_type="image/png", compression="zstd", size=0)
+        assert found == Metadata("image/png", compression="zstd", size=0)
+        assert decode_pairs({}, content_type="x/y", compression="", size=0).compression is None
+
+    def test_pairs_read_back(self) -> None:
+        metadata = Metadata(
+            "text/plain",
+            TimeToLive(60),
+            filename="naïve.txt",
+            origin="203.0.113.7",
+            custom={"expiration": "a custom name like ours", "sn-x": "", "": "x"},
+            time_created=NOON,
+            time_expires=NOON + timedelta(seconds=60, microseconds=5),
+            size=7,
+        )
+        assert self.read(encode_pairs(metadata)) == metadata
+
+    def test_pairs_of_others_are_ignored(self) -> None:
+        assert self.read({"theirs": "x", "x-snm": "y", "x-sn-unknown": "z"}) == Metadata("text/plain", size=7)
+
+    @pytest.mark.parametrize(
+        "pairs",
+        [
+            {"x-sn-expiration": "for ever"},
+            {"x-sn-expiration": "ttl:soon"},
+            {"x-sn-time-created": "yesterday"},
+            {"x-sn-version": "2"},
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_read_or_must_not_be_is_refused(self, pairs: dict[str, str]) -> None:
+        with pytest.raises(BackendError):
+            self.read(pairs)
+
+    def test_what_is_no_text_or_no_time_is_refused(self) -> None:
+        for metadata in (Metadata(custom={"a": "\ud800"}), Metadata(time_created=NOON.replace(tzinfo=None))):
+            with pytest.raises(InvalidMetadata):
+                encode_pairs(metadata)
