@@ -212,9 +212,11 @@ class GcsBackend:
         return None if found is None else _metadata(found)
 
     async def reference(self, revision: Revision) -> PayloadReference | None:
-        """Return where the object lies: ``gs://BUCKET/NAME``, the name as it is; None where there is no such revision."""
+        """Return where the object lies: ``gs://BUCKET/NAME``, the name as it is; None where there is none."""
         found = await self._find(revision)
-        return None if found is None else PayloadReference(f"gs://{found.bucket}/{found.name}", found.size, found.crc32c)
+        if found is None:
+            return None
+        return PayloadReference(f"gs://{found.bucket}/{found.name}", found.size, found.crc32c)
 
     async def delete(self, revision: Revision) -> None:
         """Remove the revision; removing an absent one is a success (GCS-6)."""

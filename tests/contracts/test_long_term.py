@@ -292,7 +292,7 @@ class TestReferences:
     async def test_a_reference_says_where_the_bytes_lie_with_size_and_checksum(
         self, referenced: Any, an_id: AnId, key: str, payload: bytes
     ) -> None:
-        """Contract 2.1, 5: size and crc32c filled; a file's URI is percent-encoded, a bucket's names are as they are."""
+        """Contract 2.1, 5: size and crc32c filled; a file's URI is percent-encoded, a bucket's name is as it is."""
         revision = new_revision(an_id(key))
         await referenced.put(revision, FULL, payload)
 

@@ -202,7 +202,7 @@ class TestInit:
     def test_every_command_works_on_a_bucket(self, tierstream: Tierstream, strict_gcs: StrictGcs) -> None:
         """Created or checked, looked at, checked, removed."""
         bucket = {"type": "gcs", "bucket": "bucket", "prefix": "objects/", "endpoint": strict_gcs.endpoint}
-        config = {"storage": {"long_term": bucket}}
+        config = {"storage": {"long_term": bucket}, "references": {"in_responses": "never"}}
         init = tierstream("storage", "init", config=config)
         assert init.code == 0, init.err
         assert "storage.long_term: gcs bucket/objects/, ready" in init.out

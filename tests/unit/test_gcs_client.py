@@ -17,6 +17,7 @@ import requests
 import urllib3
 from google.api_core import exceptions as answers
 from google.auth import exceptions as auth_errors
+from google.cloud.storage import Blob
 from google.cloud.storage.exceptions import InvalidResponse
 
 from consumer.errors import BackendError, BackendUnavailable, ConfigError, ReferenceFailure
@@ -26,6 +27,7 @@ from consumer.references import References
 from consumer.retry import RetryPolicy
 from consumer.service import StorageService
 from consumer.storage import gcs_client
+from consumer.storage.backend import Revision
 from consumer.storage.factory import make_bucket_reader
 from consumer.storage.filesystem import FilesystemBackend
 from consumer.storage.gcs import GcsBackend
@@ -377,6 +379,21 @@ class TestWholeWay:
         await service.join()
         await references.close()
         await storage.close()
+
+    async def test_what_is_handed_out_can_be_handed_in(self, strict_gcs: StrictGcs) -> None:
+        """The URI of a response opens as one of an insert, whatever is in its name; the vendor reads it alike."""
+        tier = GcsBackend("bucket", endpoint=strict_gcs.endpoint, prefix="tier/")
+        revision = Revision("usecase/objects/ключ/../% %41?#/018f2d3a-0000-7000-8000-000000000001")
+        await tier.put(revision, Metadata(), LARGE)
+        reference = await tier.reference(revision)
+        assert reference is not None
+        references = References(["gs://bucket/tier/"], 10_000_000, openers={"gs": tier.gcs.open_object})
+        opened = await references.open(reference)
+
+        assert b"".join([chunk async for chunk in opened]) == LARGE
+        assert Blob.from_uri(reference.uri).name == f"tier/{revision.name}"
+        await references.close()
+        await tier.close()
 
     async def test_a_small_one_is_read_and_kept_inline(self, strict_gcs: StrictGcs) -> None:
         """SIZ-1 counts for references too."""
