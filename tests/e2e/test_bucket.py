@@ -87,7 +87,7 @@ def test_a_kill_under_load_loses_nothing_and_leaves_no_orphan(
 
 
 def test_a_reference_into_a_bucket_is_copied_there(broker: Broker, set_stage: SetStage, strict_gcs: StrictGcs) -> None:
-    """Contract 2.1, 5: in by reference, out by reference; no byte of it passes through the service."""
+    """Contract 2.1: an insert by reference; no byte of it passes through the service."""
     long_term = {"type": "gcs", "bucket": "bucket", "endpoint": strict_gcs.endpoint}
     stage = set_stage(broker, storage={"long_term": long_term}, references={"allowed_prefixes": ["gs://uploads/in/"]})
     payload = bytes(range(256)) * 8192
@@ -105,11 +105,6 @@ def test_a_reference_into_a_bucket_is_copied_there(broker: Broker, set_stage: Se
         )
     ]
 
-    got = stage.ledger.answer(stage.ledger.operate("get", "film", statuses={200}))
-
     assert answers[0].result["metadata"]["size"] == len(payload)
-    handed_out = got.result["object"]["payload"]
-    (stored,) = strict_gcs.bucket("bucket")
-    assert handed_out == {"uri": f"gs://bucket/{stored}", "size": len(payload), "crc32c": good["crc32c"]}
-    assert strict_gcs.bucket("bucket")[stored].payload == payload
+    assert [stored.payload for stored in strict_gcs.bucket("bucket").values()] == [payload]
     assert "media" not in strict_gcs.kinds()

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from http.client import RemoteDisconnected
 from pathlib import Path
 from typing import Any
@@ -365,14 +366,20 @@ class TestWholeWay:
         buckets = make_bucket_reader(["gs://uploads/"], long_term)
         assert buckets is long_term.gcs
         references = References(["gs://uploads/"], 10_000_000, openers={"gs": buckets.open_object})
-        storage = TieredStorage(MemoryBackend(), long_term)
+        storage = TieredStorage(MemoryBackend(), long_term, handout_seconds=3600)
         service = StorageService(storage, references=references)
 
-        done = await service.insert(self.insert(upload(strict_gcs, LARGE)))
+        reference = upload(strict_gcs, LARGE)
+        done = await service.insert(self.insert(reference))
 
         assert isinstance(done, Inserted)
         assert done.metadata.size == len(LARGE)
         assert strict_gcs.kinds() == ["find", "rewrite"]
+        (stored,) = strict_gcs.bucket("bucket")
+        handed_out = await storage.get(done.id, fits=lambda _metadata: False)
+        assert handed_out is not None
+        assert handed_out.payload == replace(reference, uri=f"gs://bucket/{stored}")
+        assert "media" not in strict_gcs.kinds()
         read = await storage.get(done.id)
         assert read is not None
         assert (read.payload, read.metadata.content_type) == (LARGE, "text/plain")
