@@ -26,7 +26,7 @@ import contextlib
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from uuid import uuid4
 
 from consumer.errors import (
@@ -54,6 +54,7 @@ from consumer.operations import (
     Operation,
     OpResponse,
     PayloadReference,
+    Position,
     StoredObject,
 )
 from consumer.retry import RetryPolicy
@@ -83,6 +84,20 @@ class Storage(Protocol):
 
     async def delete(self, object_id: ObjectId, /) -> None:
         """Remove an object; a missing one is a success."""
+        ...
+
+
+class FencedStorage(Protocol):
+    """What operations that have a position need besides: storage that refuses to go back in time (contract 5)."""
+
+    async def put(
+        self, object_id: ObjectId, metadata: Metadata, payload: Payload, position: Position, /
+    ) -> Metadata:
+        """Store an object, unless a later write of the same source has come; the answer is the same."""
+        ...
+
+    async def delete(self, object_id: ObjectId, position: Position, /) -> None:
+        """Remove an object, unless a later write of the same source has come."""
         ...
 
 
@@ -119,7 +134,7 @@ class Handler:
     """Applies operations to one storage.
 
     Args:
-        storage: Where objects are.
+        storage: Where objects are; for operations that have a position a :class:`FencedStorage` too.
         references: Opens payload references; None refuses them all.
         retry: None makes a single attempt, without a time limit.
         on_blocked: Called with True when the first operation has used up its attempts and goes on trying, with False
@@ -182,14 +197,19 @@ class Handler:
                 if isinstance(payload, bytes):
                     if self._object_bytes_max is not None and len(payload) > self._object_bytes_max:
                         raise TooLarge(f"an object has at most {self._object_bytes_max} bytes")
-                    return Inserted(object_id, await self._storage.put(object_id, metadata, payload))
-                return Inserted(object_id, await self._put_by_reference(object_id, metadata, payload))
+                    return Inserted(object_id, await self._put(object_id, metadata, payload, operation.position))
+                return Inserted(
+                    object_id, await self._put_by_reference(object_id, metadata, payload, operation.position)
+                )
             case Get():
                 object_id = ObjectId(operation.context, operation.key)
                 return Got(object_id.key, await self._storage.get(object_id))
             case Delete():
                 object_id = ObjectId(operation.context, operation.key)
-                await self._storage.delete(object_id)
+                if operation.position is None:
+                    await self._storage.delete(object_id)
+                else:
+                    await cast("FencedStorage", self._storage).delete(object_id, operation.position)
                 return Deleted(object_id.key)
             case Head():
                 object_id = ObjectId(operation.context, operation.key)
@@ -258,14 +278,24 @@ class Handler:
         limits.end(limit)
         return response
 
-    async def _put_by_reference(self, object_id: ObjectId, metadata: Metadata, reference: object) -> Metadata:
+    def _put(
+        self, object_id: ObjectId, metadata: Metadata, payload: Payload, position: Position | None
+    ) -> Awaitable[Metadata]:
+        """Put; storage hears of a position only where there is one, as it need not know of any."""
+        if position is None:
+            return self._storage.put(object_id, metadata, payload)
+        return cast("FencedStorage", self._storage).put(object_id, metadata, payload, position)
+
+    async def _put_by_reference(
+        self, object_id: ObjectId, metadata: Metadata, reference: object, position: Position | None
+    ) -> Metadata:
         if not isinstance(reference, PayloadReference):
             raise InvalidOperation("a payload is bytes or a reference")
         if self._references is None:
             raise ReferenceFailure("payload references are not allowed", code="reference_denied")
         payload = await self._references.open(reference)
         try:
-            return await self._storage.put(object_id, metadata, payload)
+            return await self._put(object_id, metadata, payload, position)
         finally:
             aclose = getattr(payload, "aclose", None)
             if aclose is not None:

@@ -66,6 +66,16 @@ class PayloadReference:
     """CRC-32C (Castagnoli) of the payload, 0 to 4294967295, when known; checked while reading."""
 
 
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in an ordered input an operation came from; positions of one *source* can be compared, others cannot."""
+
+    source: str
+    """The partition, with its topic and cluster."""
+    offset: int
+    """0 or more; later operations have higher ones."""
+
+
 _NO_CUSTOM: Mapping[str, str] = MappingProxyType({})
 
 
@@ -146,6 +156,8 @@ class Insert:
     key: str | None
     metadata: Metadata
     payload: bytes | PayloadReference = field(repr=False)
+    position: Position | None = field(default=None, repr=False, compare=False)
+    """Where it came from; None = nowhere that has an order. No part of what is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +178,8 @@ class Delete:
     permission: ClassVar[Permission] = "delete"
     context: ObjectContext
     key: str
+    position: Position | None = field(default=None, repr=False, compare=False)
+    """As that of an insert."""
 
 
 @dataclass(frozen=True, slots=True)

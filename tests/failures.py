@@ -14,7 +14,7 @@ import google_crc32c
 
 from consumer.errors import BackendUnavailable
 from consumer.ids import ObjectId
-from consumer.operations import Metadata, PayloadReference, StoredObject
+from consumer.operations import Metadata, PayloadReference, Position, StoredObject
 from consumer.storage.backend import Change, Payload, Revision, TieredHead, TieredRead, TieredWrite, Tombstone
 from consumer.storage.handouts import is_copy
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
@@ -80,16 +80,20 @@ class FailingRead(Failing, MemoryBackend):
 class FailingSwap(Failing, MemoryBackend):
     """The swap does not happen."""
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+    async def compare_and_write(
+        self, object_id: ObjectId, current: Revision | None, write: TieredWrite, position: Position | None = None
+    ) -> bool | None:
         self.fail()
-        return await super().compare_and_write(object_id, current, write)
+        return await super().compare_and_write(object_id, current, write, position)
 
 
 class LostSwapAnswer(Failing, MemoryBackend):
     """The swap happens and its answer is lost."""
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
-        won = await super().compare_and_write(object_id, current, write)
+    async def compare_and_write(
+        self, object_id: ObjectId, current: Revision | None, write: TieredWrite, position: Position | None = None
+    ) -> bool | None:
+        won = await super().compare_and_write(object_id, current, write, position)
         self.fail()
         return won
 
@@ -99,13 +103,15 @@ class LateSwap(MemoryBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self.on_their_way: list[tuple[ObjectId, Revision | None, TieredWrite]] = []
+        self.on_their_way: list[tuple[ObjectId, Revision | None, TieredWrite, Position | None]] = []
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
-        self.on_their_way.append((object_id, current, write))
+    async def compare_and_write(
+        self, object_id: ObjectId, current: Revision | None, write: TieredWrite, position: Position | None = None
+    ) -> bool | None:
+        self.on_their_way.append((object_id, current, write, position))
         raise Away("timed out")
 
-    async def arrive(self) -> bool:
+    async def arrive(self) -> bool | None:
         """Carry out the oldest swap that is on its way."""
         return await super().compare_and_write(*self.on_their_way.pop(0))
 
@@ -117,26 +123,32 @@ class SwapConflict(MemoryBackend):
         super().__init__()
         self.rival: Callable[[], Awaitable[object]] | None = None
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+    async def compare_and_write(
+        self, object_id: ObjectId, current: Revision | None, write: TieredWrite, position: Position | None = None
+    ) -> bool | None:
         rival, self.rival = self.rival, None
         if rival is not None:
             await rival()
-        return await super().compare_and_write(object_id, current, write)
+        return await super().compare_and_write(object_id, current, write, position)
 
 
 class PauseBeforeSwap(Paused, MemoryBackend):
     """The process stalls with its swap about to be sent."""
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+    async def compare_and_write(
+        self, object_id: ObjectId, current: Revision | None, write: TieredWrite, position: Position | None = None
+    ) -> bool | None:
         await self.pause()
-        return await super().compare_and_write(object_id, current, write)
+        return await super().compare_and_write(object_id, current, write, position)
 
 
 class PauseAfterSwap(Paused, MemoryBackend):
     """The swap has happened and its answer takes its time."""
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
-        won = await super().compare_and_write(object_id, current, write)
+    async def compare_and_write(
+        self, object_id: ObjectId, current: Revision | None, write: TieredWrite, position: Position | None = None
+    ) -> bool | None:
+        won = await super().compare_and_write(object_id, current, write, position)
         await self.pause()
         return won
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from consumer.operations import Metadata, PayloadReference, StoredObject
+from consumer.operations import Metadata, PayloadReference, Position, StoredObject
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,11 +94,20 @@ TieredWrite: TypeAlias = Tombstone | InlineObject | Removal
 class HighVolumeBackend(Protocol):
     """Small objects and all tombstones, one row per object id, every method atomic on its row.
 
+    **Position fence** (contract 5). Every write may say at which *position* of which source it was asked for. The row
+    remembers that of its last write, also for :data:`~consumer.storage.metadata.POSITION_KEPT` after it was deleted or
+    has expired, and through :meth:`extend` and :meth:`forbid`. A write of an older position of the same source changes
+    nothing, and is answered as if a later writer had come right after it: puts and deletions with None, swaps with
+    False. The same position again is written again: a record that is replayed finishes what it began. A write without
+    position is always applied; what is remembered then is not said.
+
     Raises (all methods): ``BackendUnavailable`` for a passing fault, the effect unknown; ``BackendError`` for a
     permanent one. Cancellation: the step happens whole or not at all; which of the two is unknown to the caller.
     """
 
-    async def put_non_tombstone(self, object_id: ObjectId, metadata: Metadata, payload: bytes) -> Tombstone | None:
+    async def put_non_tombstone(
+        self, object_id: ObjectId, metadata: Metadata, payload: bytes, position: Position | None = None
+    ) -> Tombstone | None:
         """Store the object inline and return None, or leave the row alone and return the tombstone found (HV-1)."""
         ...
 
@@ -110,11 +119,17 @@ class HighVolumeBackend(Protocol):
         """Read the row without loading the payload (HV-2)."""
         ...
 
-    async def delete_non_tombstone(self, object_id: ObjectId) -> Tombstone | None:
+    async def delete_non_tombstone(self, object_id: ObjectId, position: Position | None = None) -> Tombstone | None:
         """Delete the object, if any, and return None, or leave the row and return the tombstone found (HV-4)."""
         ...
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+    async def compare_and_write(
+        self,
+        object_id: ObjectId,
+        current: Revision | None,
+        write: TieredWrite,
+        position: Position | None = None,
+    ) -> bool | None:
         """Write if the row is in the state the caller saw; the atomic step that makes a change real.
 
         ``current = None`` holds where there is no *live tombstone*: no row, an inline object, or an expired row.
@@ -124,7 +139,9 @@ class HighVolumeBackend(Protocol):
         reading, so that a late retry never destroys a younger inline object).
 
         Returns:
-            False where another writer won; that is an outcome, not an error (HV-7).
+            False where another writer won, or has written at a later position; that is an outcome, no error (HV-7).
+            None where the row is not as *current* says because a write of an *older* position of the same source has
+            come in between: this one is the later, so it has to be tried again from what is there now.
 
         Raises:
             BackendUnavailable: also where the tombstone's target has been forbidden: the write has not happened, and

@@ -7,13 +7,16 @@ family    cells collected  columns
 ========  ===============  =============================================================================
 ``fg``    by timestamp     ``p`` payload, ``m`` metadata (JSON), ``w`` a name of the write: of an object that expires
 ``fm``    never            the same, of an object that does not
-``fr``    by timestamp     ``r`` target, ``t`` metadata, ``w``: of a tombstone. ``f/REVISION``: of a forbidden revision
+``fr``    by timestamp     ``r`` target, ``t`` metadata, ``w``: of a tombstone. ``f/REVISION``: of a forbidden revision.
+                           ``a/SOURCE``: the position of the last write that came from there, 20 digits
 ========  ===============  =============================================================================
 
 The timestamp of a cell *is* its deadline, rounded down to milliseconds (BT-3), for a forbidden revision the end of the
 ban; what does not expire has :data:`NEVER`. So one filter by timestamp sees what is live, wherever it lies, and the
 table forgets the rest by itself (BT-2). Every write begins by deleting the object and the tombstone in the same
-mutation (BT-4); forbidden revisions stay.
+mutation (BT-4); forbidden revisions and positions stay. The deadline of a position is that of what was written there,
+and a deletion's time, plus :data:`~consumer.storage.metadata.POSITION_KEPT`: the marker a deletion leaves is no more
+than that cell. An idle expiry that is extended does not extend it.
 
 **Live** for a condition is what has a deadline of a later millisecond; for a read, what has not expired to the
 microsecond (BT-5, BT-7). In between, less than a millisecond, a condition finds gone what a read still returns; who
@@ -32,6 +35,8 @@ is the one for *nothing found*.
    * target R → object, nothing: if R is the live target.
    * target R → target N: if R is the live target, and N is not forbidden. That "and not" is why targets and bans share
      a family: its columns are sorted, so the ban is found first where there is one.
+
+   Likewise, and in put and delete: unless a later position of the same source is there.
 
    Not written: the row is read. As wanted: True, be it by an attempt whose answer was lost (HV-6). Another target:
    False, or ``BackendUnavailable`` where an attempt has gone without an answer: it may have won and been replaced
@@ -59,8 +64,16 @@ from typing import Any, Self
 
 from consumer.errors import BackendError, BackendUnavailable, TooLarge
 from consumer.ids import ObjectId
-from consumer.operations import Metadata, StoredObject
-from consumer.storage.backend import InlineObject, Revision, TieredHead, TieredRead, TieredWrite, Tombstone
+from consumer.operations import Metadata, Position, StoredObject
+from consumer.storage.backend import (
+    InlineObject,
+    Removal,
+    Revision,
+    TieredHead,
+    TieredRead,
+    TieredWrite,
+    Tombstone,
+)
 from consumer.storage.bigtable_table import (
     BigtableTable,
     Cell,
@@ -78,7 +91,7 @@ from consumer.storage.bigtable_table import (
     set_cell,
     without_value,
 )
-from consumer.storage.metadata import FORBIDDEN_FOR, decode_metadata, encode_metadata, micros, now_utc
+from consumer.storage.metadata import FORBIDDEN_FOR, POSITION_KEPT, decode_metadata, encode_metadata, micros, now_utc
 
 COLLECTED, KEPT, REDIRECTS = "fg", "fm", "fr"
 FAMILIES = {COLLECTED: True, KEPT: False, REDIRECTS: True}
@@ -86,8 +99,8 @@ FAMILIES = {COLLECTED: True, KEPT: False, REDIRECTS: True}
 
 PAYLOAD, METADATA, WRITE = b"p", b"m", b"w"
 TARGET, TOMBSTONE_METADATA = b"r", b"t"
-FORBIDDEN = b"f/"
-"""What the columns of forbidden revisions begin with; sorted before :data:`TARGET`."""
+FORBIDDEN, POSITION = b"f/", b"a/"
+"""What the columns of forbidden revisions and of positions begin with; sorted before :data:`TARGET`."""
 
 NEVER = 253_402_300_799_000_000
 """Deadline, in microseconds, of what does not expire: the last second of the year 9999, where ``datetime`` ends too."""
@@ -177,11 +190,13 @@ class BigtableBackend:
 
     # ------------------------------------------------------------------------------------------------- requests
 
-    async def put_non_tombstone(self, object_id: ObjectId, metadata: Metadata, payload: bytes) -> Tombstone | None:
+    async def put_non_tombstone(
+        self, object_id: ObjectId, metadata: Metadata, payload: bytes, position: Position | None = None
+    ) -> Tombstone | None:
         """Store the object inline, with its size filled in (HV-10), or return the live tombstone found (HV-1)."""
         if metadata.size != len(payload):
             metadata = replace(metadata, size=len(payload))
-        return await self._write_non_tombstone(object_id, self._changes(object_id, InlineObject(metadata, payload)))
+        return await self._write_non_tombstone(object_id, InlineObject(metadata, payload), position)
 
     async def get_tiered(self, object_id: ObjectId) -> TieredRead:
         """Read the row (HV-2)."""
@@ -193,33 +208,51 @@ class BigtableBackend:
         now = self._clock()
         return _tombstone(cells, now) or _object(cells, now)
 
-    async def delete_non_tombstone(self, object_id: ObjectId) -> Tombstone | None:
+    async def delete_non_tombstone(self, object_id: ObjectId, position: Position | None = None) -> Tombstone | None:
         """Delete the object, if any, or return the live tombstone found (HV-4)."""
-        return await self._write_non_tombstone(object_id, self._removal)
+        return await self._write_non_tombstone(object_id, Removal(), position)
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+    async def compare_and_write(
+        self,
+        object_id: ObjectId,
+        current: Revision | None,
+        write: TieredWrite,
+        position: Position | None = None,
+    ) -> bool | None:
         """Write if the live tombstone is *current* (None: there is none), HV-5 … HV-9."""
-        key, changes = _key(object_id), self._changes(object_id, write)
+        key, changes = _key(object_id), self._changes(object_id, write, position)
         wanted = write.target if isinstance(write, Tombstone) else None
         repeated = False
         for _ in range(RACES_MAX):
             since = self._since()
-            target, ban = _target(since, current), None if wanted is None else _ban(wanted, since)
+            in_the_way = [] if position is None else [_later(position, since)]
+            if wanted is not None:
+                in_the_way.append(_ban(wanted, since))
+            target = _target(since, current)
             if current is None:
-                in_the_way = target if ban is None else any_of(target, ban)
-                check = await self._table.check_and_mutate(key, in_the_way, unmatched=changes)
+                check = await self._table.check_and_mutate(
+                    key, any_of(target, *in_the_way) if in_the_way else target, unmatched=changes
+                )
                 if not check.matched:
                     return True
             else:
-                there = target if ban is None else first_is(TARGET, target, ban)
+                there = first_is(TARGET, target, *in_the_way) if in_the_way else target
                 check = await self._table.check_and_mutate(key, there, matched=changes)
                 if check.matched:
                     return True
             repeated = repeated or check.repeated
-            seen = await self._table.read(key, self._tombstone if ban is None else any_of(self._tombstone, ban))
+            others = in_the_way if position is None else [*in_the_way, _position(position, since)]
+            seen = await self._table.read(key, any_of(self._tombstone, *others) if others else self._tombstone)
             tombstone = _tombstone(seen, self._clock())
             points_to = None if tombstone is None else tombstone.target
+            ahead = _ahead(seen, position)
+            if points_to is not None and points_to == wanted:
+                return True
+            if ahead > 0:
+                return False
             if points_to != current:
+                if ahead < 0:
+                    return None
                 if repeated and points_to != wanted:
                     # Lost, or won by an attempt without an answer and replaced since: then what it replaced is ours to
                     # clean up, and "lost" would leave it.
@@ -280,12 +313,21 @@ class BigtableBackend:
 
     # ------------------------------------------------------------------------------------------------- inside
 
-    async def _write_non_tombstone(self, object_id: ObjectId, changes: Sequence[Change]) -> Tombstone | None:
-        key = _key(object_id)
+    async def _write_non_tombstone(
+        self, object_id: ObjectId, write: InlineObject | Removal, position: Position | None
+    ) -> Tombstone | None:
+        key, changes = _key(object_id), self._changes(object_id, write, position)
         for _ in range(RACES_MAX):
-            if not (await self._table.check_and_mutate(key, _target(self._since()), unmatched=changes)).matched:
+            since = self._since()
+            in_the_way, seen = _target(since), self._head
+            if position is not None:
+                in_the_way, seen = any_of(in_the_way, _later(position, since)), any_of(seen, _later(position, since))
+            if not (await self._table.check_and_mutate(key, in_the_way, unmatched=changes)).matched:
                 return None
-            tombstone = _tombstone(await self._table.read(key, self._head), self._clock())
+            cells = await self._table.read(key, seen)
+            if position is not None and (REDIRECTS, _position_column(position)) in cells:
+                return None
+            tombstone = _tombstone(cells, self._clock())
             if tombstone is not None:
                 return tombstone
         raise BackendUnavailable("the row is changed faster than it can be written")
@@ -310,8 +352,22 @@ class BigtableBackend:
             return None
         return StoredObject(metadata, payload.value)
 
-    def _changes(self, object_id: ObjectId, write: TieredWrite) -> list[Change]:
-        """Return what brings a row into the state wanted, from whatever it holds."""
+    def _changes(self, object_id: ObjectId, write: TieredWrite, position: Position | None = None) -> list[Change]:
+        """Return what brings a row into the state wanted, from whatever it holds, and remembers the position."""
+        changes = self._state(object_id, write)
+        if position is None:
+            return changes
+        column = _position_column(position)
+        if isinstance(write, Removal):
+            until = micros(self._clock() + POSITION_KEPT)
+        elif write.metadata.time_expires is None:
+            until = NEVER
+        else:
+            until = micros(write.metadata.time_expires) + POSITION_KEPT // timedelta(microseconds=1)
+        remembered = set_cell(REDIRECTS, column, b"%020d" % position.offset, _milliseconds(until))
+        return [*changes, delete_column(REDIRECTS, column), remembered]
+
+    def _state(self, object_id: ObjectId, write: TieredWrite) -> list[Change]:
         match write:
             case Tombstone(target, metadata):
                 cells = [(TARGET, target.name.encode()), (TOMBSTONE_METADATA, encode_metadata(metadata))]
@@ -334,6 +390,26 @@ class BigtableBackend:
 
 def _key(object_id: ObjectId) -> bytes:
     return object_id.storage_path.encode()
+
+
+def _position_column(position: Position) -> bytes:
+    return POSITION + position.source.encode()
+
+
+def _ahead(cells: Cells, position: Position | None) -> int:
+    """Return how far the last write of the same source that *cells* remember is ahead; below 0: behind; else 0."""
+    known = None if position is None else cells.get((REDIRECTS, _position_column(position)))
+    return 0 if known is None or position is None else int(known.value) - position.offset
+
+
+def _position(position: Position, since: datetime) -> Filter:
+    """Let the position of the last write of the same source pass, if it is remembered."""
+    return cell(REDIRECTS, _position_column(position), since=since)
+
+
+def _later(position: Position, since: datetime) -> Filter:
+    """Let the position of a later write of the same source pass, if there is one."""
+    return cell(REDIRECTS, _position_column(position), since=since, above=b"%020d" % position.offset)
 
 
 def _ban_column(revision: Revision) -> bytes:

@@ -147,14 +147,23 @@ def columns(pattern: bytes) -> Filter:
     return filters.RowFilterChain([filters.ColumnQualifierRegexFilter(pattern), filters.CellsColumnLimitFilter(1)])
 
 
-def cell(family: str, qualifier: bytes, *, since: datetime | None = None, value: bytes | None = None) -> Filter:
-    """Let the cells of one column pass, those not older than *since* and holding exactly *value*, if given."""
+def cell(
+    family: str,
+    qualifier: bytes,
+    *,
+    since: datetime | None = None,
+    value: bytes | None = None,
+    above: bytes | None = None,
+) -> Filter:
+    """Let the cells of one column pass, those not older than *since* and holding *value*, or more than *above*."""
     filters = vendor().row_filters
     parts = [filters.ColumnRangeFilter(family, qualifier, qualifier), filters.CellsColumnLimitFilter(1)]
     if since is not None:
         parts.append(filters.TimestampRangeFilter(start=since))
     if value is not None:
         parts.append(filters.ValueRangeFilter(value, value))
+    if above is not None:
+        parts.append(filters.ValueRangeFilter(above, inclusive_start=False))
     return filters.RowFilterChain(parts)
 
 

@@ -17,6 +17,7 @@ revision too many: the new one if the swap failed, the old one if it succeeded. 
 1. Which revision is current? (LOG-8)
    * *recorded*, *lost*: the old one; the swap was never sent, or was refused.
    * *updated*: the new one.
+   * *withdrawn*: both, as far as this change goes; there is nothing to remove.
    * *written*, *recovered*: nobody here knows. The new revision is forbidden in the row, atomically. Refused: it is
      what the row points to, so it is current. Done: no swap can bring it back, whoever is still about to send one; the
      row is read, and what it points to, if anything, is current (LOG-10).
@@ -118,6 +119,8 @@ class ChangePhase(enum.Enum):
     """The swap found another writer's tombstone: the change has not happened."""
     UPDATED = "updated"
     """The swap has happened."""
+    WITHDRAWN = "withdrawn"
+    """The swap has not happened, and another change goes on with its new revision."""
 
 
 class ChangeGuard:
@@ -149,6 +152,10 @@ class ChangeGuard:
     def written(self) -> None:
         """The swap is about to be sent."""
         self.phase = ChangePhase.WRITTEN
+
+    def withdrawn(self) -> None:
+        """The swap was refused, and will be tried again as another change: this one has nothing to remove."""
+        self.phase = ChangePhase.WITHDRAWN
 
     def settled(self, won: bool) -> None:  # noqa: FBT001 - the answer of the swap, passed on as it is
         """The swap has answered *won*."""
@@ -338,7 +345,7 @@ class Changes:
         async with self._working:
             current = await self._current(change, phase)
             kept: list[Revision] = []
-            for revision in (change.old, change.new):
+            for revision in (change.old, change.new) if phase is not ChangePhase.WITHDRAWN else ():
                 if revision is None or revision == current:
                     continue
                 if self._may_be_read(change, phase, revision):
@@ -366,7 +373,7 @@ class Changes:
 
     async def _current(self, change: Change, phase: ChangePhase) -> Revision | None:
         """Tell which revision the row points to, if any, now and for any swap of *change* still on its way (LOG-8)."""
-        if phase in {ChangePhase.RECORDED, ChangePhase.LOST}:
+        if phase in {ChangePhase.RECORDED, ChangePhase.LOST, ChangePhase.WITHDRAWN}:
             return change.old
         if phase is ChangePhase.UPDATED:
             return change.new

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from consumer.errors import BackendUnavailable
 from consumer.ids import ObjectId
-from consumer.operations import Metadata, StoredObject
+from consumer.operations import Metadata, Position, StoredObject
 from consumer.storage.backend import (
     Change,
     InlineObject,
@@ -31,7 +31,7 @@ from consumer.storage.backend import (
     Tombstone,
 )
 from consumer.storage.host import default_owner
-from consumer.storage.metadata import FORBIDDEN_FOR, expired, now_utc
+from consumer.storage.metadata import FORBIDDEN_FOR, POSITION_KEPT, expired, now_utc
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -57,21 +57,30 @@ class MemoryBackend:
         self._rows: dict[str, StoredObject | Tombstone] = {}
         self._revisions: dict[str, StoredObject] = {}
         self._forbidden: dict[str, datetime] = {}
+        self._positions: dict[str, Position] = {}
+        """Of the last write of each path, also of some whose rows are gone."""
+        self._gone: dict[str, datetime] = {}
+        """Until when the positions of rows that are gone are remembered, in that order."""
         self._expiring_writes = 0
 
     # ------------------------------------------------------------------------------------------- high-volume tier
 
-    async def put_non_tombstone(self, object_id: ObjectId, metadata: Metadata, payload: bytes) -> Tombstone | None:
+    async def put_non_tombstone(
+        self, object_id: ObjectId, metadata: Metadata, payload: bytes, position: Position | None = None
+    ) -> Tombstone | None:
         """Store the object inline, with its size filled in (HV-10), or return the live tombstone found (HV-1)."""
         if self._latency:
             await asyncio.sleep(self._latency)
         path = object_id.storage_path
+        if position is not None and self._is_stale(path, position):
+            return None
         row = self._rows.get(path)
         if isinstance(row, Tombstone) and not expired(row.metadata, self._clock):
             return row
         if metadata.size != len(payload):
             metadata = replace(metadata, size=len(payload))
         self._keep(path, StoredObject(metadata, bytes(payload)))
+        self._remember(path, position)
         return None
 
     async def get_tiered(self, object_id: ObjectId) -> TieredRead:
@@ -87,34 +96,55 @@ class MemoryBackend:
         row = self._live_row(object_id.storage_path)
         return row.metadata if isinstance(row, StoredObject) else row
 
-    async def delete_non_tombstone(self, object_id: ObjectId) -> Tombstone | None:
+    async def delete_non_tombstone(self, object_id: ObjectId, position: Position | None = None) -> Tombstone | None:
         """Delete the object, if any, or return the live tombstone found (HV-4)."""
         if self._latency:
             await asyncio.sleep(self._latency)
-        row = self._live_row(object_id.storage_path)
+        path = object_id.storage_path
+        if position is not None and self._is_stale(path, position):
+            return None
+        row = self._live_row(path)
         if isinstance(row, Tombstone):
             return row
-        self._rows.pop(object_id.storage_path, None)
+        self._remember(path, position)
+        self._drop(path)
         return None
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+    async def compare_and_write(
+        self,
+        object_id: ObjectId,
+        current: Revision | None,
+        write: TieredWrite,
+        position: Position | None = None,
+    ) -> bool | None:
         """Write if the live tombstone is *current* (None: there is none), HV-5 … HV-9."""
         if self._latency:
             await asyncio.sleep(self._latency)
         path = object_id.storage_path
         row = self._live_row(path)
         found = row.target if isinstance(row, Tombstone) else None
+        wanted = write.target if isinstance(write, Tombstone) else None
+        if found is not None and found == wanted != current:
+            return True
+        known = None if position is None else self._known(path, position)
+        if position is not None and known is not None and known != position.offset and (
+            known > position.offset or found != current
+        ):
+            return False if known > position.offset else None
         if found != current:
-            return found == (write.target if isinstance(write, Tombstone) else None)
+            return found == wanted
         match write:
             case Tombstone():
                 if write.target.name in self._forbidden:
                     raise BackendUnavailable("the revision was given up by a clean-up; write it again as a new one")
                 self._keep(path, write)
+                self._remember(path, position)
             case InlineObject(metadata, payload):
                 self._keep(path, StoredObject(metadata, bytes(payload)))
+                self._remember(path, position)
             case _:
-                self._rows.pop(path, None)
+                self._remember(path, position)
+                self._drop(path)
         return True
 
     async def forbid(self, object_id: ObjectId, revision: Revision) -> bool:
@@ -201,9 +231,39 @@ class MemoryBackend:
     def _live_row(self, path: str) -> TieredRead:
         row = self._rows.get(path)
         if row is not None and expired(row.metadata, self._clock):
-            del self._rows[path]
+            self._drop(path)
             return None
         return row
+
+    def _known(self, path: str, position: Position) -> int | None:
+        """Return the offset of the last write, if it is remembered and of the same source."""
+        known = self._positions.get(path)
+        if known is None or known.source != position.source:
+            return None
+        self._live_row(path)  # one that has expired is gone from now on
+        return known.offset if path not in self._gone or self._gone[path] > self._clock() else None
+
+    def _is_stale(self, path: str, position: Position) -> bool:
+        """Tell whether a later write of the same source is remembered."""
+        known = self._known(path, position)
+        return known is not None and known > position.offset
+
+    def _remember(self, path: str, position: Position | None) -> None:
+        self._gone.pop(path, None)
+        if position is None:
+            self._positions.pop(path, None)
+        else:
+            self._positions[path] = position
+
+    def _drop(self, path: str) -> None:
+        """Remove a row; its position is remembered for a while, and what has been for long enough is forgotten."""
+        self._rows.pop(path, None)
+        now = self._clock()
+        while self._gone and next(iter(self._gone.values())) <= now:
+            forgotten = next(iter(self._gone))
+            del self._gone[forgotten], self._positions[forgotten]
+        if path in self._positions and path not in self._gone:
+            self._gone[path] = now + POSITION_KEPT
 
     def _live_revision(self, name: str) -> StoredObject | None:
         found = self._revisions.get(name)
@@ -235,7 +295,7 @@ class MemoryBackend:
             return
         self._expiring_writes = 0
         for path in [path for path, row in self._rows.items() if expired(row.metadata, self._clock)]:
-            del self._rows[path]
+            self._drop(path)
         for name in [name for name, found in self._revisions.items() if expired(found.metadata, self._clock)]:
             del self._revisions[name]
 

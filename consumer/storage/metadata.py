@@ -32,6 +32,9 @@ from, short enough that the list stays small."""
 PAIR_PREFIX = "x-sn-"
 CUSTOM_PREFIX = "x-snme-"
 """What the names of pairs begin with: our own, and custom ones (MD-9). Neither is a prefix of the other."""
+POSITION_KEPT = timedelta(hours=1)
+"""How long the position of the last write outlives its object, by deletion or expiry: beyond every session, drain,
+lease and time limit, so that a member taken for dead cannot bring the object back; short, as each costs a row."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)

@@ -19,8 +19,10 @@
 is refused where it can be noticed (:mod:`consumer.storage.host`). A file written by a newer version is refused.
 
 Rows: ``path`` (storage path), ``metadata`` (JSON), ``expires`` (microseconds, null = never), ``target`` (a tombstone's
-revision, else null), ``payload`` (last, so that reading the others does not load it). A row past ``expires`` is absent
-for every statement; the writer thread removes such rows when it has nothing better to do.
+revision, else null), ``source`` and ``position`` of the last write, where it had one, ``kept_until``, and ``payload``
+(last, so that reading the others does not load it). A row past ``expires`` is absent for every statement, but for its
+position: what is deleted at a position is only made to expire. When it has nothing better to do, the writer thread
+empties such rows, sets ``kept_until``, and removes them after that; those without a position it removes at once.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar, TypeVarTuple
@@ -43,7 +45,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar, TypeVarTuple
 from consumer.errors import BackendError, BackendUnavailable, ConfigError, TierstreamError, TooLarge
 from consumer.ids import ObjectId
 from consumer.log import get_logger
-from consumer.operations import Metadata, StoredObject
+from consumer.operations import Metadata, Position, StoredObject
 from consumer.storage.backend import (
     InlineObject,
     Revision,
@@ -53,7 +55,7 @@ from consumer.storage.backend import (
     Tombstone,
 )
 from consumer.storage.host import HostLock
-from consumer.storage.metadata import FORBIDDEN_FOR, decode_metadata, encode_metadata, micros, now_utc
+from consumer.storage.metadata import FORBIDDEN_FOR, POSITION_KEPT, decode_metadata, encode_metadata, micros, now_utc
 
 log = get_logger(__name__)
 
@@ -63,7 +65,7 @@ Ts = TypeVarTuple("Ts")
 APPLICATION_ID = 0x54535452
 """Marks the file as ours ("TSTR"), so that another program's database is refused instead of written into."""
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the tables, kept in the file; a newer one is refused."""
 
 SCHEMAS = {
@@ -88,6 +90,18 @@ ALTER TABLE change_log_entries ADD COLUMN not_before INTEGER;
 CREATE INDEX change_log_entries_at_work ON change_log_entries (incarnation) WHERE not_before IS NULL;
 CREATE INDEX change_log_entries_due ON change_log_entries (not_before) WHERE not_before IS NOT NULL;
 CREATE INDEX change_log_entries_claimed ON change_log_entries (incarnation) WHERE claimed;
+""",
+    3: """
+CREATE TABLE objects_with_positions (
+    path TEXT NOT NULL UNIQUE, metadata BLOB NOT NULL, expires INTEGER, target TEXT,
+    source TEXT, position INTEGER, kept_until INTEGER, payload BLOB
+);
+INSERT INTO objects_with_positions (path, metadata, expires, target, payload)
+    SELECT path, metadata, expires, target, payload FROM objects;
+DROP TABLE objects;
+ALTER TABLE objects_with_positions RENAME TO objects;
+CREATE INDEX objects_to_expire ON objects (expires) WHERE expires IS NOT NULL AND kept_until IS NULL;
+CREATE INDEX objects_to_forget ON objects (kept_until) WHERE kept_until IS NOT NULL;
 """,
 }
 """What brings a file from the version before to each version."""
@@ -580,14 +594,16 @@ class SqliteBackend:
         """Create or check the file now, so that a wrong one is noticed at start. Optional."""
         await self._database.open()
 
-    async def put_non_tombstone(self, object_id: ObjectId, metadata: Metadata, payload: bytes) -> Tombstone | None:
+    async def put_non_tombstone(
+        self, object_id: ObjectId, metadata: Metadata, payload: bytes, position: Position | None = None
+    ) -> Tombstone | None:
         """Store the object inline, with its size filled in (HV-10), or return the live tombstone found (HV-1)."""
         size = len(payload)
         self._check_size(size)
         if metadata.size != size:
             metadata = replace(metadata, size=size)
         row = (object_id.storage_path, encode_metadata(metadata), _expires(metadata), None, payload)
-        return _tombstone(await self._database.write(_put, row, self._now(), cost=size))
+        return _tombstone(await self._database.write(_put, row, position, self._now(), cost=size))
 
     async def get_tiered(self, object_id: ObjectId) -> TieredRead:
         """Read the row (HV-2)."""
@@ -601,11 +617,17 @@ class SqliteBackend:
         row = await self._database.read(_select_head, object_id.storage_path, self._now())
         return _tombstone(row) if row is None or row[1] is not None else decode_metadata(row[0])
 
-    async def delete_non_tombstone(self, object_id: ObjectId) -> Tombstone | None:
+    async def delete_non_tombstone(self, object_id: ObjectId, position: Position | None = None) -> Tombstone | None:
         """Delete the object, if any, or return the live tombstone found (HV-4)."""
-        return _tombstone(await self._database.write(_delete, object_id.storage_path, self._now()))
+        return _tombstone(await self._database.write(_delete, object_id.storage_path, position, self._now()))
 
-    async def compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
+    async def compare_and_write(
+        self,
+        object_id: ObjectId,
+        current: Revision | None,
+        write: TieredWrite,
+        position: Position | None = None,
+    ) -> bool | None:
         """Write if the live tombstone is *current* (None: there is none), HV-5 … HV-9."""
         path = object_id.storage_path
         row: _Row | None = None
@@ -617,8 +639,8 @@ class SqliteBackend:
                 row = (path, encode_metadata(metadata), _expires(metadata), None, payload)
         cost = len(row[4] or b"") if row is not None else 0
         expected = None if current is None else current.name
-        done = await self._database.write(_compare_and_write, path, expected, row, self._now(), cost=cost)
-        if done is None:
+        done = await self._database.write(_compare_and_write, path, expected, row, position, self._now(), cost=cost)
+        if isinstance(done, str):
             raise BackendUnavailable("the revision was given up by a clean-up; write it again as a new one")
         return done
 
@@ -668,22 +690,38 @@ class SqliteBackend:
     def _remove_expired(self, connection: sqlite3.Connection) -> bool:
         now = self._now()
         connection.execute("DELETE FROM forbidden_revisions WHERE until <= ?", (now,))
-        removed = connection.execute(_SWEEP, (now, SWEEP_ROWS)).rowcount
-        return removed == SWEEP_ROWS
+        swept = (
+            connection.execute(_FORGET, (now, SWEEP_ROWS)).rowcount,
+            connection.execute(_EMPTY, (_POSITION_KEPT, now, SWEEP_ROWS)).rowcount,
+            connection.execute(_SWEEP, (now, SWEEP_ROWS)).rowcount,
+        )
+        return SWEEP_ROWS in swept
 
 
 # ------------------------------------------------------------------------------------------------- steps, in a thread
 
+_POSITION_KEPT = POSITION_KEPT // timedelta(microseconds=1)
+_FORBIDDEN = "forbidden"
+"""What a swap to a forbidden target comes to: no error in the thread, where it would befall the whole group."""
+
 _Row: TypeAlias = tuple[str, bytes, int | None, str | None, bytes | None]
-"""The columns of ``objects``, in order."""
+"""The columns of ``objects``, in order, without those of the position."""
 
 _UPSERT = """
-INSERT INTO objects (path, metadata, expires, target, payload) VALUES (?, ?, ?, ?, ?)
+INSERT INTO objects (path, metadata, expires, target, payload, source, position) VALUES (?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (path) DO UPDATE SET
-    metadata = excluded.metadata, expires = excluded.expires, target = excluded.target, payload = excluded.payload
+    metadata = excluded.metadata, expires = excluded.expires, target = excluded.target, payload = excluded.payload,
+    source = excluded.source, position = excluded.position, kept_until = NULL
 """
 _PUT = f"{_UPSERT} WHERE objects.target IS NULL OR objects.expires <= ?"
+_DELETE_AT = """
+INSERT OR REPLACE INTO objects (path, metadata, expires, source, position, kept_until) VALUES (?, x'', 0, ?, ?, ?)
+"""
 _DELETE_NON_TOMBSTONE = "DELETE FROM objects WHERE path = ? AND target IS NULL"
+_SELECT_POSITION = """
+SELECT position FROM objects WHERE path = ? AND source = ?
+    AND (expires IS NULL OR coalesce(kept_until, expires + ?) > ?)
+"""
 _SELECT_ROW = "SELECT metadata, target, payload FROM objects WHERE path = ? AND (expires IS NULL OR expires > ?)"
 _SELECT_HEAD = "SELECT metadata, target FROM objects WHERE path = ? AND (expires IS NULL OR expires > ?)"
 _SELECT_AFTER = "SELECT rowid, path, target, expires FROM objects WHERE rowid > ? ORDER BY rowid LIMIT ?"
@@ -693,19 +731,62 @@ _EXTEND = """
 UPDATE objects SET metadata = ?, expires = ?
 WHERE path = ? AND metadata = ? AND (expires IS NULL OR expires > ?)
 """
-_SWEEP = "DELETE FROM objects WHERE rowid IN (SELECT rowid FROM objects WHERE expires <= ? LIMIT ?)"
+_EMPTY = """
+UPDATE objects SET metadata = x'', expires = 0, target = NULL, payload = NULL, kept_until = expires + ?
+WHERE rowid IN (SELECT rowid FROM objects WHERE kept_until IS NULL AND expires <= ? AND source IS NOT NULL LIMIT ?)
+"""
+_SWEEP = """
+DELETE FROM objects
+WHERE rowid IN (SELECT rowid FROM objects WHERE kept_until IS NULL AND expires <= ? AND source IS NULL LIMIT ?)
+"""
+_FORGET = "DELETE FROM objects WHERE rowid IN (SELECT rowid FROM objects WHERE kept_until <= ? LIMIT ?)"
 
 
-def _put(connection: sqlite3.Connection, row: _Row, now: int) -> tuple[Any, ...] | None:
-    if connection.execute(_PUT, (*row, now)).rowcount:
+def _at(position: Position | None) -> tuple[str | None, int | None]:
+    """Return the columns of a position."""
+    return (None, None) if position is None else (position.source, position.offset)
+
+
+def _ahead(connection: sqlite3.Connection, path: str, position: Position | None, now: int) -> int:
+    """Return how far the last write is ahead, if it is remembered and of the same source; below 0: behind; else 0."""
+    if position is None:
+        return 0
+    found = connection.execute(_SELECT_POSITION, (path, position.source, _POSITION_KEPT, now)).fetchone()
+    return 0 if found is None else int(found[0]) - position.offset
+
+
+def _remove(connection: sqlite3.Connection, path: str, position: Position | None, now: int) -> None:
+    """Remove a row; with a position, leave one that has expired from the beginning."""
+    if position is None:
+        connection.execute("DELETE FROM objects WHERE path = ?", (path,))
+    else:
+        connection.execute(_DELETE_AT, (path, position.source, position.offset, now + _POSITION_KEPT))
+
+
+def _put(
+    connection: sqlite3.Connection, row: _Row, position: Position | None, now: int
+) -> tuple[Any, ...] | None:
+    if _ahead(connection, row[0], position, now) > 0:
+        return None
+    if connection.execute(_PUT, (*row, *_at(position), now)).rowcount:
         return None
     return _select_head(connection, row[0], now)
 
 
-def _delete(connection: sqlite3.Connection, path: str, now: int) -> tuple[Any, ...] | None:
-    if connection.execute(_DELETE_NON_TOMBSTONE, (path,)).rowcount:
+def _delete(
+    connection: sqlite3.Connection, path: str, position: Position | None, now: int
+) -> tuple[Any, ...] | None:
+    if position is None:
+        if connection.execute(_DELETE_NON_TOMBSTONE, (path,)).rowcount:
+            return None
+        return _select_head(connection, path, now)
+    if _ahead(connection, path, position, now) > 0:
         return None
-    return _select_head(connection, path, now)
+    found = _select_head(connection, path, now)
+    if found is not None and found[1] is not None:
+        return found
+    _remove(connection, path, position, now)
+    return None
 
 
 def _select_row(connection: sqlite3.Connection, path: str, now: int) -> tuple[Any, ...] | None:
@@ -729,19 +810,29 @@ def _target(connection: sqlite3.Connection, path: str, now: int) -> str | None:
 
 
 def _compare_and_write(
-    connection: sqlite3.Connection, path: str, expected: str | None, row: _Row | None, now: int
-) -> bool | None:
-    """Return whether the row is as wanted; None where the wanted target is forbidden."""
+    connection: sqlite3.Connection,
+    path: str,
+    expected: str | None,
+    row: _Row | None,
+    position: Position | None,
+    now: int,
+) -> bool | str | None:
+    """Return whether the row is as wanted; None where an older write has come in between; or :data:`_FORBIDDEN`."""
     found = _target(connection, path, now)
     wanted = None if row is None else row[3]
+    if found is not None and found == wanted != expected:
+        return True
+    ahead = _ahead(connection, path, position, now)
+    if ahead > 0:
+        return False
     if found != expected:
-        return found == wanted
+        return None if ahead < 0 else found == wanted
     if row is None:
-        connection.execute("DELETE FROM objects WHERE path = ?", (path,))
+        _remove(connection, path, position, now)
         return True
     if wanted is not None and connection.execute(_SELECT_FORBIDDEN, (wanted, now)).fetchone():
-        return None
-    connection.execute(_UPSERT, row)
+        return _FORBIDDEN
+    connection.execute(_UPSERT, (*row, *_at(position)))
     return True
 
 

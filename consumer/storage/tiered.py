@@ -56,6 +56,12 @@ inline object (:mod:`consumer.storage.handouts`). Without handouts it is ``respo
    * OK, or nothing there: done.
    * Tombstone found: record, swap for nothing, as steps 4 and 5 of a small put (TIER-4).
 
+**Positions** (contract 5): a put or delete that comes from an ordered input says where it stood there, and every write
+of a row passes that on. A row that has seen a later one of the same source stays as it is, whatever the step, and the
+caller is told of a success: the later write has come, and this one would have been overwritten. A swap that finds the
+row changed by an *older* one is tried again from there: losing to that would leave the older value. So neither a replay
+nor a member taken for dead brings an object back in time; what a stale put has uploaded is removed like any loser's.
+
 Cancellation, anywhere: as an error in the step it interrupts. Clean-up is handed over, never awaited (TIER-18).
 
 Last writer wins; a read that overlaps a write may see either (TIER-15).
@@ -75,7 +81,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from consumer.errors import BackendError, BackendUnavailable, TooLarge
 from consumer.ids import ObjectId
 from consumer.log import get_logger
-from consumer.operations import Metadata, PayloadReference, StoredObject, TimeToIdle
+from consumer.operations import Metadata, PayloadReference, Position, StoredObject, TimeToIdle
 from consumer.storage.backend import (
     Change,
     ChangeLog,
@@ -174,13 +180,17 @@ class TieredStorage:
             return  # recovery starts with the first operation
         self.changes.start()
 
-    async def put(self, object_id: ObjectId, metadata: Metadata, payload: Payload) -> Metadata:
+    async def put(
+        self, object_id: ObjectId, metadata: Metadata, payload: Payload, position: Position | None = None
+    ) -> Metadata:
         """Store an object and return its metadata as stamped; what was there before is replaced as a whole.
 
         Args:
             object_id: Where.
             metadata: What the caller says about it; read-only fields are ignored.
             payload: Whole, or in chunks. Chunks are read once and in order; closing their iterator is the caller's.
+            position: Where it was asked for. After a later write of the same source nothing is stored; the answer is
+                that of a put that was overwritten at once.
 
         Raises: also whatever the payload's iterator raises, unchanged; nothing has been stored then.
         """
@@ -205,13 +215,13 @@ class TieredStorage:
             len(payload) if isinstance(payload, bytes) else None if source is None else source.size,
         )
         if isinstance(payload, bytes) and len(payload) <= self.threshold:
-            found = await self._high_volume.put_non_tombstone(object_id, stamped, payload)
+            found = await self._high_volume.put_non_tombstone(object_id, stamped, payload, position)
             if found is not None:
-                await self._put_over_tombstone(object_id, InlineObject(stamped, payload), found)
+                await self._put_over_tombstone(object_id, InlineObject(stamped, payload), found, position)
             if self._observer is not None:
                 self._observer.storage_bytes["high_volume", "write"] += len(payload)
             return stamped
-        return await self._put_large(object_id, stamped, payload)
+        return await self._put_large(object_id, stamped, payload, position)
 
     async def get(
         self, object_id: ObjectId, *, fits: Callable[[Metadata], bool] | None = None
@@ -272,13 +282,15 @@ class TieredStorage:
                 return await self._touch(object_id, row.metadata, chased)
         raise BackendUnavailable("the object is replaced faster than it can be read")
 
-    async def delete(self, object_id: ObjectId) -> None:
-        """Remove an object; removing a missing one is a success."""
+    async def delete(self, object_id: ObjectId, position: Position | None = None) -> None:
+        """Remove an object; removing a missing one is a success, and so is one at a *position* that is past."""
         if not self.changes.started:
             self.changes.start()
-        found = await self._high_volume.delete_non_tombstone(object_id)
-        if found is not None:
-            await self._swap(object_id, found.target, Removal())
+        for _ in range(CHASES_MAX):
+            found = await self._high_volume.delete_non_tombstone(object_id, position)
+            if found is None or await self._swap(object_id, found.target, Removal(), position) is not None:
+                return
+        raise BackendUnavailable("the object is replaced faster than it can be deleted")
 
     async def recover(self) -> int:
         """Remove now what dead processes have left; return the number of change-log entries met."""
@@ -300,19 +312,24 @@ class TieredStorage:
         for part in {id(part): part for part in parts}.values():
             await part.close()
 
-    async def _put_over_tombstone(self, object_id: ObjectId, write: InlineObject, found: Tombstone) -> None:
+    async def _put_over_tombstone(
+        self, object_id: ObjectId, write: InlineObject, found: Tombstone, position: Position | None
+    ) -> None:
         for _ in range(CHASES_MAX):
-            won = await self._swap(object_id, found.target, write)
-            if not won or not expired(found.metadata, self._clock):
+            won = await self._swap(object_id, found.target, write, position)
+            if won is False or (won and not expired(found.metadata, self._clock)):
                 return
-            # The tombstone may have expired before the swap, which then found nothing to swap and left it at that.
-            again = await self._high_volume.put_non_tombstone(object_id, write.metadata, write.payload)
+            # The tombstone may have expired before the swap, which then found nothing to swap and left it at that; or
+            # an older write has come in between.
+            again = await self._high_volume.put_non_tombstone(object_id, write.metadata, write.payload, position)
             if again is None:
                 return
             found = again
-        raise BackendUnavailable("the object's tombstones expire faster than they can be replaced")
+        raise BackendUnavailable("the object's tombstones change faster than they can be replaced")
 
-    async def _put_large(self, object_id: ObjectId, stamped: Metadata, payload: Payload) -> Metadata:
+    async def _put_large(
+        self, object_id: ObjectId, stamped: Metadata, payload: Payload, position: Position | None
+    ) -> Metadata:
         row = await self._high_volume.head_tiered(object_id)
         old = row.target if isinstance(row, Tombstone) else None
         new = new_revision(object_id)
@@ -323,24 +340,46 @@ class TieredStorage:
             elif stamped.size != written:
                 raise BackendError("the long-term tier stored another number of bytes than it was given")
             guard.written()
-            won = await self._compare_and_write(object_id, old, Tombstone(new, stamped))
-            if not won and isinstance(row, Tombstone) and expired(row.metadata, self._clock):
-                won = await self._compare_and_write(object_id, None, Tombstone(new, stamped))
+            won = await self._compare_and_write(object_id, old, Tombstone(new, stamped), position)
+            if won is False and isinstance(row, Tombstone) and expired(row.metadata, self._clock):
+                won = await self._compare_and_write(object_id, None, Tombstone(new, stamped), position)
+            if won is None:
+                won = await self._swap_over_older(object_id, Tombstone(new, stamped), position)
             guard.settled(won)
         if self._observer is not None:
             self._observer.storage_bytes["long_term", "write"] += written
         return stamped
 
-    async def _swap(self, object_id: ObjectId, old: Revision, write: InlineObject | Removal) -> bool:
-        """Make the row something that needs no revision; False where another writer won."""
-        async with self.changes.record(Change(uuid7(), object_id, None, old)) as guard:
+    async def _swap(
+        self, object_id: ObjectId, old: Revision, write: TieredWrite, position: Position | None
+    ) -> bool | None:
+        """Replace revision *old* in the row, recorded as a change of its own; the answer is that of the swap."""
+        new = write.target if isinstance(write, Tombstone) else None
+        async with self.changes.record(Change(uuid7(), object_id, new, old)) as guard:
             guard.written()
-            won = await self._compare_and_write(object_id, old, write)
-            guard.settled(won)
+            won = await self._compare_and_write(object_id, old, write, position)
+            if won is None:
+                guard.withdrawn()
+            else:
+                guard.settled(won)
         return won
 
-    async def _compare_and_write(self, object_id: ObjectId, current: Revision | None, write: TieredWrite) -> bool:
-        won = await self._high_volume.compare_and_write(object_id, current, write)
+    async def _swap_over_older(self, object_id: ObjectId, write: Tombstone, position: Position | None) -> bool:
+        """Swap in what has been uploaded over what older writes have left there since; False where a later one won."""
+        for _ in range(CHASES_MAX):
+            row = await self._high_volume.head_tiered(object_id)
+            if isinstance(row, Tombstone):
+                won = await self._swap(object_id, row.target, write, position)
+            else:
+                won = await self._compare_and_write(object_id, None, write, position)
+            if won is not None:
+                return won
+        raise BackendUnavailable("the object is replaced faster than it can be written")
+
+    async def _compare_and_write(
+        self, object_id: ObjectId, current: Revision | None, write: TieredWrite, position: Position | None
+    ) -> bool | None:
+        won = await self._high_volume.compare_and_write(object_id, current, write, position)
         if not won and self._observer is not None:
             self._observer.requests("high_volume", "compare_and_write").conflicts += 1
         return won

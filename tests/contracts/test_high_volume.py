@@ -12,8 +12,9 @@ import pytest
 
 from consumer.errors import BackendUnavailable
 from consumer.ids import ObjectContext, ObjectId
-from consumer.operations import Metadata, StoredObject, TimeToIdle, TimeToLive
+from consumer.operations import Metadata, Position, StoredObject, TimeToIdle, TimeToLive
 from consumer.storage.backend import HighVolumeBackend, InlineObject, Removal, Revision, TieredWrite, Tombstone
+from consumer.storage.metadata import POSITION_KEPT
 from consumer.storage.revision import new_revision
 
 AnId: TypeAlias = Callable[..., ObjectId]
@@ -492,6 +493,173 @@ class TestForbid:
             )
             assert (swapped is True) is (forbidden is False)
             assert (await high_volume.get_tiered(object_id) == tombstone) is (swapped is True)
+
+
+class TestPositions:
+    """The position fence of contract 5: what is older than the row is answered, and not applied."""
+
+    @staticmethod
+    def at(offset: int, source: str = "cluster/operations/0") -> Position:
+        return Position(source, offset)
+
+    @staticmethod
+    async def left(high_volume: HighVolumeBackend, object_id: ObjectId) -> str | None:
+        """Return the file name in the metadata of what the row holds: the tests tell writes apart by it."""
+        row = await high_volume.head_tiered(object_id)
+        return (row.metadata if isinstance(row, Tombstone) else row or Metadata()).filename
+
+    async def write(
+        self, high_volume: HighVolumeBackend, object_id: ObjectId, kind: str, name: str, position: Position | None
+    ) -> Tombstone | bool | None:
+        """Write once, in one of all ways there are, over whatever is there."""
+        metadata = Metadata(filename=name)
+        row = await high_volume.head_tiered(object_id)
+        current = row.target if isinstance(row, Tombstone) else None
+        match kind:
+            case "put":
+                return await high_volume.put_non_tombstone(object_id, metadata, b"x", position)
+            case "delete":
+                return await high_volume.delete_non_tombstone(object_id, position)
+            case "swap in an object":
+                return await high_volume.compare_and_write(object_id, current, InlineObject(metadata, b"x"), position)
+            case "swap in a tombstone":
+                target = Tombstone(new_revision(object_id), metadata)
+                return await high_volume.compare_and_write(object_id, current, target, position)
+            case _:
+                return await high_volume.compare_and_write(object_id, current, Removal(), position)
+
+    WRITES = ("put", "delete", "swap in an object", "swap in a tombstone", "swap out")
+    FIRST = ("put", "delete", "swap in an object", "swap in a tombstone")
+
+    @pytest.mark.parametrize("later", FIRST)
+    @pytest.mark.parametrize("older", WRITES)
+    async def test_an_older_write_changes_nothing_and_is_told_that_another_one_has_come(
+        self, high_volume: HighVolumeBackend, an_id: AnId, later: str, older: str
+    ) -> None:
+        """Whatever the two are; a deletion is a write like any other."""
+        await self.write(high_volume, an_id(), "put", "before", self.at(5))
+        await self.write(high_volume, an_id(), later, "later", self.at(7))
+
+        answer = await self.write(high_volume, an_id(), older, "older", self.at(6))
+
+        assert answer is (False if older.startswith("swap") else None)
+        assert await self.left(high_volume, an_id()) == (None if later == "delete" else "later")
+
+    @pytest.mark.parametrize("kind", FIRST)
+    @pytest.mark.parametrize(
+        "position", [Position("cluster/operations/0", 7), Position("cluster/operations/1", 1), None]
+    )
+    async def test_what_is_not_older_is_applied(
+        self, high_volume: HighVolumeBackend, an_id: AnId, kind: str, position: Position | None
+    ) -> None:
+        """The same record again, as it may not have ended; another partition's; what has no position."""
+        await self.write(high_volume, an_id(), "swap in an object", "before", self.at(7))
+
+        await self.write(high_volume, an_id(), kind, "again", position)
+
+        assert await self.left(high_volume, an_id()) == (None if kind == "delete" else "again")
+
+    async def test_a_swap_that_has_happened_is_not_too_late(self, high_volume: HighVolumeBackend, an_id: AnId) -> None:
+        """HV-6: it is asked whether the row is as wanted, and it is."""
+        tombstone = Tombstone(new_revision(an_id()), Metadata())
+        await high_volume.compare_and_write(an_id(), None, tombstone, self.at(7))
+
+        assert await high_volume.compare_and_write(an_id(), None, tombstone, self.at(7))
+        assert await high_volume.compare_and_write(an_id(), None, tombstone, self.at(3))
+
+    @pytest.mark.parametrize("between", ["put", "swap in a tombstone", "swap out"])
+    @pytest.mark.parametrize("write", ["object", "tombstone", "removal"])
+    async def test_a_swap_that_lost_to_an_older_write_is_told_to_look_again(
+        self, high_volume: HighVolumeBackend, an_id: AnId, between: str, write: str
+    ) -> None:
+        """Neither won nor lost: taking it for lost would leave the older value, though this one is answered."""
+        first = Tombstone(new_revision(an_id()), Metadata())
+        await high_volume.compare_and_write(an_id(), None, first, self.at(3))
+        if between == "put":
+            await self.write(high_volume, an_id(), "swap in an object", "between", self.at(4))
+        else:
+            await self.write(high_volume, an_id(), between, "between", self.at(4))
+        wanted: dict[str, TieredWrite] = {
+            "object": InlineObject(Metadata(filename="later"), b"x"),
+            "tombstone": Tombstone(new_revision(an_id()), Metadata(filename="later")),
+            "removal": Removal(),
+        }
+
+        assert await high_volume.compare_and_write(an_id(), first.target, wanted[write], self.at(5)) is None
+        assert await self.left(high_volume, an_id()) == (None if between == "swap out" else "between")
+        row = await high_volume.head_tiered(an_id())
+        now = row.target if isinstance(row, Tombstone) else None
+        assert await high_volume.compare_and_write(an_id(), now, wanted[write], self.at(5)) is True
+        assert await self.left(high_volume, an_id()) == (None if write == "removal" else "later")
+
+    async def test_a_swap_that_lost_to_its_own_record_is_decided(
+        self, high_volume: HighVolumeBackend, an_id: AnId
+    ) -> None:
+        """Two members run one record: one of them has written it, and the other one has lost."""
+        first, mine, others = (Tombstone(new_revision(an_id()), Metadata()) for _ in range(3))
+        await high_volume.compare_and_write(an_id(), None, first, self.at(3))
+        await high_volume.compare_and_write(an_id(), first.target, others, self.at(4))
+
+        assert await high_volume.compare_and_write(an_id(), first.target, mine, self.at(4)) is False
+        assert await high_volume.compare_and_write(an_id(), others.target, Removal(), self.at(4)) is True
+        assert await high_volume.compare_and_write(an_id(), others.target, Removal(), self.at(4)) is True
+
+    @pytest.mark.parametrize("ending", ["deletion", "swap out", "expiry"])
+    async def test_the_position_outlives_its_object_for_a_while(
+        self, high_volume: HighVolumeBackend, an_id: AnId, clock: Any, ending: str
+    ) -> None:
+        """Nobody who was taken for dead may bring it back; then it is forgotten, or each would cost a row for ever."""
+        expires = clock() + timedelta(seconds=10)
+        await high_volume.put_non_tombstone(an_id(), Metadata(time_expires=expires), b"x", self.at(6))
+        if ending == "deletion":
+            await high_volume.delete_non_tombstone(an_id(), self.at(7))
+        elif ending == "swap out":
+            await high_volume.compare_and_write(an_id(), None, Removal(), self.at(7))
+        else:
+            clock.advance(10)
+        assert await high_volume.head_tiered(an_id()) is None
+
+        clock.advance(POSITION_KEPT.total_seconds() - 20)
+        await high_volume.put_non_tombstone(an_id(), Metadata(filename="older"), b"x", self.at(5))
+        assert await high_volume.get_tiered(an_id()) is None
+        clock.advance(40)
+        await high_volume.put_non_tombstone(an_id(), Metadata(filename="older"), b"x", self.at(5))
+        assert await self.left(high_volume, an_id()) == "older"
+
+    async def test_a_deletion_of_nothing_is_remembered_too(self, high_volume: HighVolumeBackend, an_id: AnId) -> None:
+        """The insert before it may still be on its way."""
+        await high_volume.delete_non_tombstone(an_id(), self.at(7))
+        await high_volume.put_non_tombstone(an_id(), Metadata(), b"x", self.at(6))
+
+        assert await high_volume.get_tiered(an_id()) is None
+
+    async def test_extending_and_forbidding_are_no_writes_of_it(
+        self, high_volume: HighVolumeBackend, an_id: AnId, clock: Any
+    ) -> None:
+        seen = Metadata(filename="later", time_expires=clock() + timedelta(seconds=10), size=1)
+        await high_volume.put_non_tombstone(an_id(), seen, b"x", self.at(7))
+        assert await high_volume.extend(an_id(), seen, replace(seen, time_expires=clock() + timedelta(seconds=20)))
+        assert await high_volume.forbid(an_id(), new_revision(an_id()))
+
+        await high_volume.put_non_tombstone(an_id(), Metadata(filename="older"), b"x", self.at(6))
+
+        assert await self.left(high_volume, an_id()) == "later"
+
+    async def test_of_many_writers_at_once_the_latest_position_stays(
+        self, high_volume: HighVolumeBackend, an_id: AnId
+    ) -> None:
+        """In whatever order they arrive: the comparison and the write are one step."""
+        offsets = [offset * 7 % 40 for offset in range(40)]
+        writes: list[Any] = [
+            high_volume.delete_non_tombstone(an_id(), self.at(offset))
+            if offset % 3 == 0
+            else high_volume.put_non_tombstone(an_id(), Metadata(filename=str(offset)), b"x", self.at(offset))
+            for offset in offsets
+            if offset != 39
+        ]
+        await asyncio.gather(*writes)
+
+        assert await self.left(high_volume, an_id()) == "38"
 
 
 class TestEnd:

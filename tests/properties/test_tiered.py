@@ -87,7 +87,7 @@ class Unreliable:
             swap = name == "compare_and_write" and isinstance(given[2], Tombstone)
             fault = weather.fault("before", "after", "late") if swap else weather.fault("before", "after")
             if fault == "late":
-                object_id, _, write = given
+                object_id, _, write, *_ = given
                 weather.late.append((object_id.key, write.target.name, lambda: method(*given)))
             if fault in {"before", "late"}:
                 raise Away("away")

@@ -134,6 +134,19 @@ class TestWhichRevisionStays:
         assert revisions(long_term) == {OLD.name, OTHER.name}
         assert await log.count() == 0
 
+    async def test_withdrawn_keeps_both_for_the_change_that_goes_on(self) -> None:
+        changes, high_volume, long_term, log = make()
+        await upload(long_term, OLD, NEW, OTHER)
+        await point(high_volume, OTHER)
+
+        async with changes.record(change()) as guard:
+            guard.written()
+            guard.withdrawn()
+        await changes.join()
+
+        assert revisions(long_term) == {OLD.name, NEW.name, OTHER.name}
+        assert await log.count() == 0
+
     async def test_updated_keeps_the_new_one(self) -> None:
         changes, high_volume, long_term, log = make()
         await upload(long_term, OLD, NEW)

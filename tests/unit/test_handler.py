@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -26,6 +26,7 @@ from consumer.handler import Handler, Progress, failure_of, not_an_operation, wi
 from consumer.ids import ObjectId
 from consumer.log import Event
 from consumer.operations import (
+    Delete,
     Deleted,
     Get,
     Got,
@@ -34,6 +35,7 @@ from consumer.operations import (
     Inserted,
     Metadata,
     PayloadReference,
+    Position,
     StoredObject,
     TimeToLive,
 )
@@ -171,6 +173,30 @@ class TestOnce:
         with pytest.raises(TooLarge, match="at most 3 bytes"):
             await limited.apply(insert("k", b"1234"))
         assert len(storage.calls) == 1
+
+    async def test_a_position_goes_to_storage_and_is_not_asked_of_one_without(self) -> None:
+        """Contract 10: storage is anything with put, get, head, delete; only what comes from Kafka has a position."""
+
+        class Fenced:
+            def __init__(self) -> None:
+                self.given: list[tuple[Any, ...]] = []
+
+            async def put(self, *given: Any) -> Metadata:
+                self.given.append(given[3:])
+                return Metadata()
+
+            async def delete(self, *given: Any) -> None:
+                self.given.append(given[1:])
+
+        storage, position = Fenced(), Position("log", 7)
+        applied = handler(cast("Any", storage), references=Opened(b"whole", b"whole"))
+        for at in (position, None):
+            await applied.apply(Insert(CONTEXT, "k", Metadata(), b"x", at))
+            await applied.apply(Insert(CONTEXT, None, Metadata(), b"x", at))
+            await applied.apply(Insert(CONTEXT, "k", Metadata(), REFERENCE, at))
+            await applied.apply(Delete(CONTEXT, "k", at))
+
+        assert storage.given == [(position,)] * 4 + [()] * 4
 
     async def test_references_are_refused_where_there_are_none(self) -> None:
         """Contract 2.2, ``reference_denied``."""

@@ -345,7 +345,7 @@ class TestCancellation:
         def put_late(connection: sqlite3.Connection) -> None:
             gate(connection)
             row = (an_id().storage_path, b'{"content_type":"a/b"}', None, None, b"x")
-            sqlite._put(connection, row, 0)
+            sqlite._put(connection, row, None, 0)
 
         putting = asyncio.create_task(backend._database.write(put_late))
         await until(gate.reached)
