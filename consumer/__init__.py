@@ -94,6 +94,9 @@ Non-obvious
   processes of a unit, and whoever gets a second signal ends at once.
 * The counters of several processes keep what processes have counted that are gone, or do not answer: a sum that falls
   would be read as a restart at zero, and the whole rest of it as an increase.
+* A swap that loses to an *older* position is neither won nor lost: taken for lost, the older value would stay although
+  the later record is answered. It is tried again from what is there.
+* Offsets are compared over time only under a topic's id: a topic made anew under the same name counts from 0 again.
 * A revision that a row has pointed to may be what a response refers to. So only what no row can have pointed to is
   removed at once; the rest stays in the change log, as nobody's work, until its retention is over.
 * A compare-and-swap that "already is as wanted" answers true, so that a retry after a lost answer does not make its own

@@ -37,7 +37,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Protocol, TypeAlias
 from uuid import UUID, uuid5
@@ -50,7 +50,7 @@ from consumer.log import get_logger, key_digest
 from consumer.metrics import UNKNOWN_KIND, Counts, OldestState, PartitionState
 from consumer.offset_map import encode
 from consumer.offsets import DISTANCE_MAX, OffsetTracker, Run
-from consumer.operations import Insert, Operation, OpResponse
+from consumer.operations import Delete, Insert, Operation, OpResponse, Position
 from consumer.poison import UNLIMITED, PoisonPolicy
 from consumer.registry import SchemaRegistry
 from consumer.responses import DeadLetters, Header, ResponseHeaders
@@ -212,6 +212,9 @@ class Assignment:
         note: Where the record being decoded is noted; closed with the assignment.
     """
 
+    _source: str | None = None
+    """This very log, for the positions of writes; None where it cannot be told from others."""
+
     def __init__(
         self,
         pipeline: Pipeline,
@@ -293,11 +296,13 @@ class Assignment:
 
     # ------------------------------------------------------------------------------------------ records come in
 
-    def begin(self, start: int, finished: Iterable[Run] = ()) -> None:
+    def begin(self, start: int, finished: Iterable[Run] = (), source: str | None = None) -> None:
         """Open the gate: reading starts at *start*. Fetching begins as soon as there is a window.
 
-        Records of *finished*, runs from *start* on, are not run again.
+        Records of *finished*, runs from *start* on, are not run again. *source* names this very log, for ever: writes
+        say which of its offsets they come from, so that none undoes a later one (contract 5). None: they say nothing.
         """
+        self._source = source
         self._tracker = OffsetTracker(start, finished)
         self.cursor = start
         self._idle_since = time.monotonic()
@@ -316,8 +321,9 @@ class Assignment:
         busy = bool(self._buffer or self._tracker.unfinished)
         if backwards and busy:
             return False
-        if backwards:  # what was finished in the old log says nothing of the new one
+        if backwards:  # what was finished in the old log says nothing of the new one, nor do its offsets
             self._tracker = OffsetTracker(position)
+            self._source = None
         elif not busy:
             self._tracker.advance(position)
         self.cursor = position
@@ -518,8 +524,8 @@ class Assignment:
                 if operation.kind == "get":
                     await budget.reserve_read(pipeline.read_bytes)
                     entry.reserved = pipeline.read_bytes
-                elif operation.kind == "insert" and operation.key is None and pipeline.derive_keys:
-                    operation = self._with_key(operation, record)
+                elif isinstance(operation, Insert | Delete):
+                    operation = self._placed(operation, record)
                 yield offset, operation
 
     def _undecoded(self, offset: int) -> Decoded:
@@ -598,10 +604,18 @@ class Assignment:
             )
         self._on_resolved(len(skipped))
 
-    def _with_key(self, operation: Insert, record: Record) -> Insert:
-        """Give a keyless insert the key that every replay of this record gives it."""
-        name = f"{self._pipeline.cluster_id}/{self.topic}/{self.partition}/{record.offset}/{record.timestamp}"
-        return replace(operation, key=str(uuid5(KEY_NAMESPACE, name)))
+    def _placed(self, operation: Insert | Delete, record: Record) -> Insert | Delete:
+        """Give a write its position, and an insert without a key the key that every replay of this record gives it."""
+        position = None if self._source is None else Position(self._source, record.offset)
+        if isinstance(operation, Delete):
+            return operation if position is None else Delete(operation.context, operation.key, position)
+        key = operation.key
+        if key is None and self._pipeline.derive_keys:
+            name = f"{self._pipeline.cluster_id}/{self.topic}/{self.partition}/{record.offset}/{record.timestamp}"
+            key = str(uuid5(KEY_NAMESPACE, name))
+        if position is None and key is operation.key:
+            return operation
+        return Insert(operation.context, key, operation.metadata, operation.payload, position)
 
     # ------------------------------------------------------------------------------------------ the answer goes out
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
+from uuid import UUID
 
 from aiokafka import ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CorruptRecordException, IllegalStateError, OffsetOutOfRangeError
@@ -285,6 +286,9 @@ class ClusterDouble:
         self.ends_unknown = False
         """Ends of logs are not told: no leader."""
         self.members: frozenset[str] = frozenset({""})
+        self.ids: dict[str, UUID] = {}
+        """Of topics; by default brokers tell none."""
+        self.members: frozenset[str] = frozenset()
         """Who is in the group."""
         self.group_state = "Stable"
         self.open_transactions: dict[TopicPartition, int] = {}
@@ -317,6 +321,10 @@ class ClusterDouble:
         if committed_only and self.open_transactions:
             return {one: self.open_transactions[one] for one in asked}
         return {one: self._consumer.first.get(one, 0) if at == EARLIEST else self._consumer.end(one) for one in asked}
+
+    async def topic_ids(self, names: Iterable[str]) -> dict[str, UUID]:
+        await self._question()
+        return {name: self.ids[name] for name in names if name in self.ids}
 
     async def group(self, group: str) -> GroupState:
         await self._question()

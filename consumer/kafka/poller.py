@@ -36,7 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, TypeAlias
@@ -136,6 +136,8 @@ class StartPoint:
     """What stands beside that commit."""
     finished: tuple[Run, ...] = ()
     """What is finished above it."""
+    source: str | None = None
+    """What offsets in it can be compared by over time: topic id and partition; None where topics have no ids."""
 
 
 class ClientDead(Exception):
@@ -676,7 +678,7 @@ class Poller(ConsumerRebalanceListener):
             assignment.committed, assignment.committed_map = start.offset, start.metadata
         with suppress(IllegalStateError):
             self._client.seek(partition, start.offset)
-        assignment.begin(start.offset, start.finished)
+        assignment.begin(start.offset, start.finished, start.source)
         if partition in self._writers:
             self._writers[partition].begin(assignment)
         log.info("partition open", **_named(partition), offset=start.offset, finished_above=count(start.finished))
@@ -736,7 +738,13 @@ class Poller(ConsumerRebalanceListener):
                         ]
                         found = await cluster.offsets(uncommitted, at) if uncommitted else {}
                         chosen |= {partition: StartPoint(found[partition]) for partition in uncommitted}
-                    return chosen
+                    ids = await cluster.topic_ids({partition.topic for partition in partitions})
+                    return {
+                        partition: replace(start, source=f"{ids[partition.topic]}/{partition.partition}")
+                        if partition.topic in ids
+                        else start
+                        for partition, start in chosen.items()
+                    }
             except (ClusterUnavailable, ClusterRefusal) as error:
                 log.warning("start offsets unknown", error=str(error), failures=failures + 1)
             await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])

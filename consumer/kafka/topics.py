@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
+from uuid import UUID
 
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import (
@@ -46,6 +47,7 @@ from aiokafka.protocol.offset import OffsetRequest
 from consumer.config import MIB, Config
 from consumer.errors import ConfigError, TierstreamError
 from consumer.kafka.connection import RETRY_BACKOFF_MS, admin_settings
+from consumer.kafka.topic_ids import TopicIdsRequest, topic_ids
 from consumer.log import get_logger
 
 ANSWER_SECONDS: Final = 15.0
@@ -201,6 +203,19 @@ class Cluster:
         asked = sorted(set(names))
         return await self._persistently("topics", lambda: self._topics(asked))
 
+    async def topic_ids(self, names: Iterable[str]) -> dict[str, UUID]:
+        """Return the ids of topics; one that does not exist is left out, and all are where the brokers tell no ids.
+
+        Raises:
+            ClusterUnavailable: no answer in time.
+            ClusterRefusal: not authorised to describe one of them.
+        """
+        asked = sorted(set(names))
+        try:
+            return await self._persistently("topic ids", lambda: self._topic_ids(asked))
+        except NotImplementedError:  # what the client raises for a version that the broker does not speak
+            return {}
+
     async def settings(self, topics: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
         """Return the effective values of the settings *names* of *topics*; what does not exist is left out.
 
@@ -317,6 +332,9 @@ class Cluster:
             leaders = {int(entry["partition"]): int(entry["leader"]) for entry in topic["partitions"]}
             found[topic["topic"]] = Topic(topic["topic"], leaders)
         return found
+
+    async def _topic_ids(self, names: list[str]) -> dict[str, UUID]:
+        return topic_ids(await self._send(TopicIdsRequest(names)))
 
     async def _topic_settings(self, asked: list[tuple[int, str, list[str]]]) -> dict[str, dict[str, str]]:
         answer = await self._ask(DescribeConfigsRequest(asked, include_synonyms=False))

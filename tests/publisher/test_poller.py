@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.protocol.fetch import FetchRequest
+from confluent_kafka.cimpl import NewTopic
 
 from brokers import Broker
 from consumer.codec import OperationDecoder
@@ -199,3 +200,22 @@ async def test_one_that_would_not_even_fit_the_byte_budget_stops_its_partition_a
     assert set(setting.poller._unreadable) == {TopicPartition(setting.topic, 0)}
     assert any("RecordTooLarge" in reason or "read" in reason for reason in setting.poller.not_ready())
     assert max(setting.old_brokers[0].limits) == 100_000
+
+
+async def test_a_topic_made_anew_has_another_id(broker: Broker) -> None:
+    """Contract 5: offsets of the two must not be compared. A broker that tells no ids is no error."""
+    name = broker.create_topic("operations", 2)
+    other = broker.create_topic("operations", 1)
+    config = Config.model_validate({"kafka": {"bootstrap_servers": [broker.bootstrap]}})
+    async with Cluster(config) as cluster:
+        first = await cluster.topic_ids([name, other, "missing"])
+        if broker.kind == "noida-db":
+            assert first == {}
+            return
+        assert first.keys() == {name, other}
+        assert await cluster.topic_ids([name]) == {name: first[name]}
+        broker.delete_topic(name)
+        broker.admin.create_topics([NewTopic(name, num_partitions=2)])[name].result(WAIT_SECONDS)
+        async with asyncio.timeout(WAIT_SECONDS):
+            while (await cluster.topic_ids([name])).get(name) in {None, first[name]}:  # noqa: ASYNC110 - a broker's event
+                await asyncio.sleep(0.1)

@@ -18,8 +18,8 @@ from consumer.codec import OperationDecoder
 from consumer.errors import BackendError, BackendUnavailable
 from consumer.ids import ObjectId
 from consumer.offset_map import decode
-from consumer.operations import Metadata, StoredObject
-from consumer.storage.backend import Payload
+from consumer.operations import Metadata, Position, StoredObject
+from consumer.storage.backend import Payload, Tombstone
 from consumer.storage.memory import MemoryBackend
 from consumer.storage.tiered import TieredStorage
 from consumer.suspects import NOBODY, OFFSET, TIMESTAMP, Note, Suspects
@@ -68,6 +68,63 @@ def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 def codes(records: Iterable[Appended]) -> list[str | None]:
     """The failure codes of responses, None for each success."""
     return [record.code for record in records]
+
+
+class TestPositions:
+    """Contract 5: writes say where they come from, so that storage can tell an older one."""
+
+    class Listening(MemoryBackend):
+        """Writes down the positions it is given."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions: list[Position | None] = []
+
+        async def put_non_tombstone(
+            self, object_id: ObjectId, metadata: Metadata, payload: bytes, position: Position | None = None
+        ) -> Tombstone | None:
+            self.positions.append(position)
+            return await super().put_non_tombstone(object_id, metadata, payload, position)
+
+        async def delete_non_tombstone(
+            self, object_id: ObjectId, position: Position | None = None
+        ) -> Tombstone | None:
+            self.positions.append(position)
+            return await super().delete_non_tombstone(object_id, position)
+
+    async def test_writes_say_which_offset_of_which_log_they_come_from(self, make: MakeWorkplace) -> None:
+        """Inserts with and without key, and deletions; an older one that comes late is answered and not applied."""
+        backend = self.Listening()
+        place = make(TieredStorage(backend, MemoryBackend()), ordering="partition")
+        place.responses.acknowledge_always()
+        assignment = place.assign(begin=None)
+        assignment.begin(5, source="topic-id/0")
+
+        assignment.receive([fetched("insert", 5, None), fetched("delete", 6, "a"), fetched("insert", 7, "a")])
+        await until(lambda: assignment.watermark == 8)
+        late = place.assign(begin=None)
+        late.begin(5, source="topic-id/0")
+        late.receive([fetched("delete", 6, "a")])
+        await until(lambda: late.watermark == 7)
+
+        assert backend.positions == [Position("topic-id/0", offset) for offset in (5, 6, 7, 6)]
+        assert [record.response["status"] for record in place.responses.appended] == [201, 204, 201, 204]
+        assert len(backend._rows) == 2, "the late deletion was applied"
+
+    async def test_where_the_log_has_no_identity_they_say_nothing(self, make: MakeWorkplace) -> None:
+        """A topic made anew under the same name counts from 0: its offsets must not be compared with the old ones."""
+        backend = self.Listening()
+        place = make(TieredStorage(backend, MemoryBackend()), ordering="partition")
+        place.responses.acknowledge_always()
+        unnamed, replaced = place.assign(0), place.assign(1, begin=None)
+        replaced.begin(100, source="topic-id/1")
+        assert replaced.jump(0)
+
+        unnamed.receive([fetched("insert", 0, "a"), fetched("delete", 1, "a")])
+        replaced.receive([fetched("insert", 0, "b"), fetched("delete", 1, "b")])
+        await until(lambda: unnamed.watermark == replaced.watermark == 2)
+
+        assert backend.positions == [None] * 4
 
 
 class TestRecords:

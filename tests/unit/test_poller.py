@@ -11,6 +11,7 @@ import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from fractions import Fraction
 from typing import Any
+from uuid import UUID
 
 import pytest
 from aiokafka import TopicPartition
@@ -999,6 +1000,23 @@ class TestCommits:
         found = rig.consumer.committed[FIRST]
         said = decode(found.metadata, committed_offset=found.offset, cluster_id="cluster", end=3)
         assert (found.offset, said.finished) == (0, ((1, 2),))
+
+    async def test_positions_are_those_of_the_topic_that_has_the_name_now(self, make: MakeRig) -> None:
+        """Contract 5: the topic's id and the partition, asked for with each assignment, as a topic may be made anew."""
+        rig = make()
+        for topic_id in (UUID(int=1), UUID(int=2)):
+            rig.cluster.ids["operations"] = topic_id
+            await (rig.consumer.rebalance if rig.poller._epoch else rig.join)(FIRST, SECOND)
+            await rig.opened(FIRST, SECOND)
+
+            sources = [assignment._source for assignment in rig.poller._assignments.values()]
+            assert sources == [f"{topic_id}/0", f"{topic_id}/1"]
+
+    async def test_where_brokers_tell_no_ids_writes_have_no_positions(self, make: MakeRig) -> None:
+        rig = make()
+        await rig.join(FIRST)
+
+        assert rig.poller._assignments[FIRST]._source is None
 
     async def test_only_what_has_changed_is_committed(self, make: MakeRig) -> None:
         """A commit without news is a request for nothing."""
