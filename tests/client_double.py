@@ -285,10 +285,9 @@ class ClusterDouble:
         self.asked = 0
         self.ends_unknown = False
         """Ends of logs are not told: no leader."""
-        self.members: frozenset[str] = frozenset({""})
         self.ids: dict[str, UUID] = {}
         """Of topics; by default brokers tell none."""
-        self.members: frozenset[str] = frozenset()
+        self.members: frozenset[str] = frozenset({""})
         """Who is in the group."""
         self.group_state = "Stable"
         self.open_transactions: dict[TopicPartition, int] = {}

@@ -20,7 +20,9 @@ def stored(stage: Stage, key: str) -> str | None:
     """Read an object without the service; None where there is none."""
     path = stage.folder / "look.yaml"
     path.write_text(yaml.safe_dump(stage.config), encoding="utf-8")
-    shown = command_line("storage", "get", "e2e", key, "--config", str(path), cwd=stage.folder)
+    shown = command_line(
+        "storage", "get", "e2e", key, "--scope", "org=1", "--config", str(path), cwd=stage.folder
+    )
     return shown.stdout if shown.returncode == 0 else None
 
 
