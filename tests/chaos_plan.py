@@ -38,8 +38,8 @@ BURST = 960
 
 BROKER_DOWN_SECONDS = (0.0, 6.0)
 BROKER_FROZEN_SECONDS = (5.0, 30.0)
-STORAGE_HELD_SECONDS = (6.0, 10.0)
-"""Longer than the service waits for the lock of its file, 5 s."""
+STORAGE_HELD_SECONDS = (17.0, 22.0)
+"""Longer than the service's three attempts, of 5 s each, before it says that storage is unavailable."""
 
 
 @dataclass(frozen=True)
