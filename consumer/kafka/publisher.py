@@ -434,11 +434,16 @@ async def discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
     await asyncio.wait([stopping, closing], timeout=TEAR_DOWN_SECONDS)
     stopping.cancel()
     closing.cancel()
-    transactions = producer._txn_manager  # noqa: SLF001 - above
+    nobody_waits_for_its_transaction(producer)
+
+
+def nobody_waits_for_its_transaction(producer: AIOKafkaProducer) -> None:
+    """Mark as seen how the open transaction ends: its steps tell that too, and it may be failed more than once."""
+    transactions = producer._txn_manager  # noqa: SLF001 - see `discard`
     if transactions is not None:
-        for future in (transactions._pid_waiter, transactions._transaction_waiter):  # noqa: SLF001 - above
-            if future is not None and future.done() and not future.cancelled():
-                future.exception()  # how the transaction ended: nobody waits for it any more
+        for future in (transactions._pid_waiter, transactions._transaction_waiter):  # noqa: SLF001 - see `discard`
+            if future is not None:
+                future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def _ignore(task: asyncio.Task[None]) -> None:

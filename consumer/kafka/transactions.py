@@ -44,7 +44,12 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata
 
 from consumer.assignment import Lane, Owner
-from consumer.kafka.publisher import BACKOFF_SECONDS, DISCARD_TIMEOUT_SECONDS, discard
+from consumer.kafka.publisher import (
+    BACKOFF_SECONDS,
+    DISCARD_TIMEOUT_SECONDS,
+    discard,
+    nobody_waits_for_its_transaction,
+)
 from consumer.kafka.topics import ClusterRefusal, ClusterUnavailable
 from consumer.log import get_logger
 from consumer.offset_map import SizeLimit
@@ -344,6 +349,7 @@ class TransactionWriter:
         assert producer is not None
         async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
             await producer.begin_transaction()
+            nobody_waits_for_its_transaction(producer)
             by_target: dict[TopicPartition, list[_Item]] = {}
             for item in items:
                 by_target.setdefault(item.target, []).append(item)

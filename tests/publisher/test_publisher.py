@@ -901,7 +901,9 @@ async def test_a_fenced_transactional_producer_is_thrown_away_without_an_excepti
     transactions = producer._txn_manager
     transactions.set_pid_and_epoch(1, 0)
     transactions.begin_transaction()
+    publisher_module.nobody_waits_for_its_transaction(producer)
     transactions.fatal_error(ProducerFenced())
+    transactions.fatal_error(ProducerFenced())  # first by the step that heard of it, then by the client's own task
 
     await publisher_module.discard(producer, 0)
 
