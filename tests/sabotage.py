@@ -35,7 +35,7 @@ def do_it(*_signal):
 
 remember(aiokafka.AIOKafkaConsumer)
 remember(aiokafka.AIOKafkaProducer)
-signal.signal(signal.SIGUSR1, do_it)
+signal.signal(signal.SIGUSR2, do_it)
 """
 
 
@@ -48,5 +48,5 @@ def sabotage(folder: Path, code: str) -> dict[str, str]:
 
 
 def on_signal(fault: str) -> str:
-    """Return code that does *fault* on SIGUSR1, to ``consumer`` or ``producer``, the service's newest clients."""
+    """Return code that does *fault* on SIGUSR2, to ``consumer`` or ``producer``, the service's newest clients."""
     return _REMEMBERING.replace("FAULT", fault)

@@ -48,7 +48,7 @@ DELIVERS_NOTHING = (
 
 
 def sabotaged(stage: Stage, fault: str = "pass") -> ServiceProcess:
-    """Start a service with impatient watchdogs, to whose client SIGUSR1 does *fault*; wait until it has worked."""
+    """Start a service with impatient watchdogs, to whose client SIGUSR2 does *fault*; wait until it has worked."""
     code = FREQUENT_METADATA + on_signal(fault) + IMPATIENT
     service = stage.start(partitions=2, environment=sabotage(stage.folder, code))
     for partition in (0, 1):
@@ -97,7 +97,7 @@ def test_what_cannot_go_on_ends_with_3_and_a_restart_goes_on(
     stage = set_stage(apache)
     service = sabotaged(stage, fault)
 
-    service.process.send_signal(signal.SIGUSR1)
+    service.process.send_signal(signal.SIGUSR2)
 
     assert said in ends_with_its_stacks(service)
     again = stage.start(partitions=2)
@@ -116,7 +116,7 @@ def test_records_that_are_never_delivered_end_it_whatever_the_client_says(apache
     """Rule 4b: the client's tasks live, polls come round, heartbeats go on; there is lag, and nothing moves."""
     stage = set_stage(apache)
     service = sabotaged(stage, DELIVERS_NOTHING)
-    service.process.send_signal(signal.SIGUSR1)
+    service.process.send_signal(signal.SIGUSR2)
     wait_until((stage.folder / "blind").exists, 20, "a poll that finds nothing")
     stage.ledger.operate("head", "never read", partition=1, statuses={404})
 
