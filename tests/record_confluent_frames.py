@@ -1,10 +1,8 @@
 """Records what Confluent's own serializer writes, as `fixtures/confluent_frames.json`: the oracle of the framings.
 
-Run by hand, in an environment of its own, since the serializer's dependencies are not among those of the tests::
+Run by hand where the serializer has changed what it writes; a test tells::
 
-    python -m venv frames
-    frames/bin/pip install 'confluent-kafka[avro,schemaregistry]' aiohttp avro
-    PYTHONPATH=tests frames/bin/python tests/record_confluent_frames.py
+    PYTHONPATH=tests .venv/bin/python tests/record_confluent_frames.py
 
 The serializer registers its schemas with `registry_stub.py`, as it would with a registry, which holds the stub to the
 interface too. Ids and GUIDs in the recorded frames are the stub's: the n-th schema added has the id n.
@@ -46,34 +44,41 @@ def head(key: str, **more: Any) -> dict[str, Any]:
     return {"context": {"usecase": "e2e", "scopes": []}, "request_id": f"r-{key}", "body": body, **more}
 
 
-def main() -> None:
-    """Write the fixture anew."""
+def record() -> dict[str, Any]:
+    """Return schemas and frames, as the installed serializer writes them."""
     registry = StandingRegistry()
     frames = []
     try:
-        client = SchemaRegistryClient({"url": registry.stub.url})
-        for name, schema, more in (("operation", OPERATION, {}), ("evolved", evolved(), {"sent_by": "a later one"})):
-            for place, schema_id_serializer in (
-                ("prefix", prefix_schema_id_serializer),
-                ("header", header_schema_id_serializer),
-            ):
-                key = f"{name}-{place}"
-                serialize = AvroSerializer(client, schema, conf={"schema.id.serializer": schema_id_serializer})
-                headers: Any = []
-                context = SerializationContext("operations", MessageField.VALUE, headers)
-                value: Any = serialize(head(key, **more), context)
-                frames.append(
-                    {
-                        "key": key,
-                        "value": value.hex(),
-                        "headers": [[header, content.hex()] for header, content in headers],
-                    }
-                )
+        with SchemaRegistryClient({"url": registry.stub.url}) as client:
+            later: dict[str, Any] = {"sent_by": "a later one"}
+            producers: list[tuple[str, str, dict[str, Any]]]
+            producers = [("operation", OPERATION, {}), ("evolved", evolved(), later)]
+            for name, schema, more in producers:
+                for place, schema_id_serializer in (
+                    ("prefix", prefix_schema_id_serializer),
+                    ("header", header_schema_id_serializer),
+                ):
+                    key = f"{name}-{place}"
+                    serialize = AvroSerializer(client, schema, conf={"schema.id.serializer": schema_id_serializer})
+                    headers: Any = []
+                    context = SerializationContext("operations", MessageField.VALUE, headers)
+                    value: Any = serialize(head(key, **more), context)
+                    frames.append(
+                        {
+                            "key": key,
+                            "value": value.hex(),
+                            "headers": [[header, content.hex()] for header, content in headers],
+                        }
+                    )
         schemas = [stored["schema"] for stored in registry.stub.schemas]
     finally:
         registry.close()
-    recorded = {"by": f"confluent-kafka {version('confluent-kafka')}", "schemas": schemas, "frames": frames}
-    FRAMES.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+    return {"by": f"confluent-kafka {version('confluent-kafka')}", "schemas": schemas, "frames": frames}
+
+
+def main() -> None:
+    """Write the fixture anew."""
+    FRAMES.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
