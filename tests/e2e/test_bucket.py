@@ -41,6 +41,7 @@ def test_a_clean_stop_under_load_loses_and_repeats_nothing(
     ledger, load = stage.ledger, Load(stage.ledger)
     service = stage.start(partitions=PARTITIONS)
     load.put(25 * load.batch)
+    ledger.flush()
     ledger.wait_answered(seconds=2 * PUMP_SECONDS)
     service.stop()
     service = stage.start(partitions=PARTITIONS)
