@@ -70,9 +70,9 @@ clean: ## remove the environment, caches and build products
 LOCK := env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-header --no-annotate
 lock: ## resolve the dependencies again into requirements*.lock (needs uv)
-	$(LOCK) --group build --extra demo --extra cloud --group lint --group test --output-file requirements-dev.lock
+	$(LOCK) --group build --extra demo --extra cloud --extra tracing --extra sentry --group lint --group test --output-file requirements-dev.lock
 	$(LOCK) --group build --extra demo --constraint requirements-dev.lock --output-file requirements-demo.lock
-	$(LOCK) --extra cloud --constraint requirements-dev.lock --output-file requirements-cloud.lock
+	$(LOCK) --extra cloud --extra tracing --extra sentry --constraint requirements-dev.lock --output-file requirements-cloud.lock
 	$(LOCK) --constraint requirements-dev.lock --output-file requirements.lock
 	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(UV) pip compile --group build --quiet --universal --python-version 3.11 \
 		--generate-hashes --no-header --no-annotate --constraint requirements-dev.lock --output-file requirements-build.lock
