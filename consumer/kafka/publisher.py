@@ -406,7 +406,11 @@ async def discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
     """
     stopping = asyncio.create_task(producer.stop())
     stopping.add_done_callback(_ignore)
-    await asyncio.wait([stopping], timeout=timeout_seconds)
+    try:
+        await asyncio.wait([stopping], timeout=timeout_seconds)
+    except asyncio.CancelledError:
+        stopping.cancel()
+        raise
     routine = producer._sender.sender_task  # noqa: SLF001 - see above, also for the others
     if routine is not None and not routine.done():
         # Closing a connection would first send all it has, when a frozen broker wakes up; and a cancelled routine waits

@@ -436,9 +436,10 @@ class TransactionWriter:
         return producer
 
     async def _throw_away(self) -> None:
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            await discard(producer, 0 if self._failures else DISCARD_TIMEOUT_SECONDS)
+        """End the producer. Cancellation: it is still ours, and has to be thrown away again."""
+        if self._producer is not None:
+            await discard(self._producer, 0 if self._failures else DISCARD_TIMEOUT_SECONDS)
+            self._producer = None
 
     async def _back_off(self) -> None:
         await asyncio.sleep(BACKOFF_SECONDS[min(self._failures - 1, len(BACKOFF_SECONDS) - 1)])

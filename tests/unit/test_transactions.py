@@ -460,3 +460,28 @@ async def test_being_stuck_shows_while_it_lasts(rig: Rig) -> None:
     rig.log.failures["start"].clear()
     await rig.acknowledged(0)
     assert not rig.writer.stuck
+
+
+async def test_a_stop_that_cuts_the_throwing_away_of_a_producer_does_it_again(rig: Rig) -> None:
+    """I12: whoever is fenced loses its partition at the same time; nothing of its producer may be left behind."""
+    await rig.begun()
+    producer = rig.log.producers[0]
+    cut, closed = asyncio.Event(), []
+
+    async def never_stops() -> None:
+        cut.set()
+        await asyncio.Event().wait()
+
+    async def close() -> None:
+        closed.append(producer)
+
+    producer.stop = never_stops  # type: ignore[method-assign]
+    producer.client.close = close
+    rig.log.fail("commit", ProducerFenced())
+    rig.append(0, b"0")
+    await cut.wait()
+
+    await rig.writer.stop()
+
+    assert closed == [producer]
+    assert rig.values() == []
