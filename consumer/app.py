@@ -7,7 +7,8 @@ schema: it is waited for like a broker, and its refusal is exit 2.
 
 While it runs: a watchdog (:mod:`consumer.watchdog`) is shown every few seconds what moves. Where something stands still
 for no reason, and the brokers would answer a fresh connection, the process ends with exit 3, as it does for any other
-failure that a restart mends: not ready, every task's stack in the log, stopped in the order below without a drain.
+failure that a restart mends: not ready, every task's stack in the log, stopped in the order below without a drain. A
+thread watches that the event loop comes round at all (:mod:`consumer.loop_watch`).
 
 Stop, in this order, each step with a deadline:
 
@@ -60,6 +61,7 @@ from consumer.kafka.topics import Cluster, TopicPlan, inspect_topics
 from consumer.kafka.transactions import Transactions
 from consumer.log import configure as configure_log
 from consumer.log import get_logger
+from consumer.loop_watch import LoopWatch
 from consumer.metrics import Counts, DebugState, EventLoopLag, new_registry, register
 from consumer.operations import Metadata, StoredObject
 from consumer.permits import ConcurrencyLimiter
@@ -223,6 +225,8 @@ class App:
                 await storage.close()
                 return USAGE
         self._lag.start()
+        loop_watch = LoopWatch()
+        loop_watch.start()
         log.info("started", **address, pid=os.getpid())
         sampler = asyncio.create_task(self._sample(), name="sampler")
         starting = asyncio.create_task(self._start(), name="start")
@@ -244,6 +248,7 @@ class App:
         await _cancelled(sampler)
         self._state = "stopped"
         self._lag.stop()
+        loop_watch.stop()
         await self._step("admin port", admin.stop(), STEP_SECONDS)
         guard.cancel()
         log.info("stopped", exit_code=self._exit_code)

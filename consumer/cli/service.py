@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import typer
 from consumer.cli.options import AsJson, Bootstrap, ConfigFile, Group, Url, configuration
 from consumer.cli.output import EXIT_FAILURE, EXIT_USAGE, Failure, complain, note, say, say_json
 from consumer.errors import ConfigError
+from consumer.exits import CLEAN
 
 if TYPE_CHECKING:
     from consumer.config import Config
@@ -43,6 +45,8 @@ def register(app: typer.Typer) -> None:
 
 def run(config: ConfigFile = None, bootstrap: Bootstrap = None, group: Group = None) -> None:
     """Run the service until SIGTERM or SIGINT. Logs to stderr."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _nothing_has_begun)
     settings = configuration(config, bootstrap, group)
     from consumer import log
 
@@ -57,6 +61,11 @@ def run(config: ConfigFile = None, bootstrap: Bootstrap = None, group: Group = N
     from consumer.app import main
 
     raise typer.Exit(main(settings))
+
+
+def _nothing_has_begun(*_signal: object) -> None:
+    """A first signal before the service has its own handlers; process 1 of a container would not even end by it."""
+    raise SystemExit(CLEAN)
 
 
 def health(url: Url = None, config: ConfigFile = None, as_json: AsJson = False) -> None:

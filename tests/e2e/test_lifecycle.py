@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from brokers import Broker, noida_broker, unused_port
+from brokers import Broker, noida_broker, unused_port, wait_until
 from outages import locked
 from sabotage import sabotage
 from service_process import ServiceProcess, command_line, settings
@@ -141,6 +142,34 @@ def test_a_first_signal_stops_an_idle_service_cleanly(
     assert service.output.read_bytes() == b""
     log = service.log.read_text(encoding="utf-8")
     assert not [text for text in ("Traceback", "never retrieved", "was destroyed but it is pending") if text in log]
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_signal_is_clean_also_while_the_service_is_still_being_loaded(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Contract 11: a pod may be told to go before it has begun; as process 1 it would not hear it without a handler."""
+    slow_disk = """
+        import pathlib, sys, time
+
+        class SlowDisk:
+            def find_spec(self, name, *_):
+                if name == "consumer.app":
+                    pathlib.Path("loading").touch()
+                    time.sleep(60)
+
+        sys.meta_path.insert(0, SlowDisk())
+    """
+    config = settings(tmp_path, kafka={"bootstrap_servers": [f"127.0.0.1:{unused_port()}"]})
+    service = ServiceProcess(tmp_path, config, **sabotage(tmp_path, textwrap.dedent(slow_disk)))
+    wait_until((tmp_path / "loading").exists, 30, "the service to be loaded")
+
+    service.process.send_signal(number)
+
+    assert service.wait_exit() == 0, service.obituary()
+    assert "Traceback" not in service.log.read_text(encoding="utf-8")
 
 
 @pytest.mark.broker

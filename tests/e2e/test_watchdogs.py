@@ -47,6 +47,11 @@ DELIVERS_NOTHING = (
 )
 
 
+BLOCKS_THE_LOOP = (
+    "import time; from consumer import loop_watch; loop_watch.BLOCKED_LOOKS = 2; time.sleep(600)  # as a lock would"
+)
+
+
 def sabotaged(stage: Stage, fault: str = "pass") -> ServiceProcess:
     """Start a service with impatient watchdogs, to whose client SIGUSR2 does *fault*; wait until it has worked."""
     code = FREQUENT_METADATA + on_signal(fault) + IMPATIENT
@@ -151,5 +156,23 @@ def test_an_outage_of_the_brokers_ends_nothing_however_long(own_broker: Broker, 
 
         assert service.process.poll() is None, service.obituary()
         assert service.get("/healthz")[0] == 200
+    finally:
+        stage.put_down()
+
+
+@pytest.mark.broker
+@pytest.mark.slow
+def test_an_event_loop_that_is_blocked_ends_it_and_the_log_says_by_what(own_broker: Broker, tmp_path: Path) -> None:
+    """No task of the service can notice it, and the probes are asked by nobody where there is no cluster."""
+    stage = set_up(own_broker, tmp_path, 2, 2)
+    try:
+        service = sabotaged(stage, BLOCKS_THE_LOOP)
+
+        service.process.send_signal(signal.SIGUSR2)
+
+        assert service.wait_exit(60) == 3, service.obituary()
+        said = service.log.read_text(encoding="utf-8")
+        assert "the event loop is blocked" in said
+        assert "in do_it" in said, "the stack of what blocks"
     finally:
         stage.put_down()

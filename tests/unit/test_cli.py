@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -224,6 +225,14 @@ class TestConfig:
 
 class TestRun:
     """`run` hands over to the application."""
+
+    @pytest.fixture(autouse=True)
+    def _own_signals_afterwards(self) -> Iterator[None]:
+        """`run` is the end of a process elsewhere."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     @pytest.mark.parametrize("code", [0, 1, 3, 4])
     def test_the_exit_code_is_the_applications(
