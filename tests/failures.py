@@ -239,6 +239,14 @@ class HangingDeletion(MemoryBackend):
         await asyncio.Event().wait()
 
 
+class PausedDeletion(Paused, MemoryBackend):
+    """Removing revisions stalls."""
+
+    async def delete(self, revision: Revision) -> None:
+        await self.pause()
+        await super().delete(revision)
+
+
 class RevisionMissing(MemoryBackend):
     """Every revision has gone when it is read."""
 
@@ -292,9 +300,12 @@ class InheritedChanges(Failing, MemoryChangeLog):
         self.inherited = {change.change_id: change for change in changes}
         self._changes.update(self.inherited)
 
-    async def recoverable(self) -> Sequence[Change]:
+    async def recoverable(self, after: UUID | None = None) -> Sequence[Change]:
         self.fail()
-        return [change for change_id, change in self.inherited.items() if change_id in self._changes]
+        return await super().recoverable(after)
+
+    def _is_recoverable(self, change: Change) -> bool:
+        return change.change_id in self.inherited
 
 
 # ------------------------------------------------------------------------------------------------ one that can more

@@ -234,6 +234,10 @@ class ReferencedTier(Protocol):
         ...
 
 
+RECOVERABLE_MAX = 500
+"""Entries claimed at a time: a transaction of milliseconds, and a few hundred KiB, however many there are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One entry of the change log: what a mutation that touches both tiers may leave behind (LOG-2)."""
@@ -270,14 +274,21 @@ class ChangeLog(Protocol):
         """Drop an entry; dropping an absent one is a success (LOG-3)."""
         ...
 
-    async def recoverable(self) -> Sequence[Change]:
-        """Claim and return the entries that need recovery, unordered.
+    async def recoverable(self, after: UUID | None = None) -> Sequence[Change]:
+        """Claim and return entries that need recovery, in the order of their ids; at most :data:`RECOVERABLE_MAX`.
 
         * Those of dead owners, and those of this owner that were recorded *before this instance was made*; none that
           has a ``not_before``.
         * Every entry whose ``not_before`` has come, whoever's it is, this instance's too; none before that (LOG-4).
 
         A claimed entry is returned again, to its claimer alone while that lives, until it is removed or recorded again.
+
+        Args:
+            after: Only entries with a greater id, the last one returned before: so a recovery comes to the end of any
+                number of them, whatever becomes of each. None begins anew.
+
+        Returns:
+            None at all where there are no more.
         """
         ...
 

@@ -18,9 +18,9 @@ entry forbids its revision first, in the row (:meth:`HighVolumeBackend.forbid`).
 is one and this one is postponed, what it says is replaced, and nobody has claimed it then. Durable when the call
 returns. An entry is never there before the lease it belongs to.
 
-**Recoverable**
+**Recoverable**, page by page until there is something to return
 
-1. Read all entries, then all leases: an entry seen has its lease seen too, unless that is over.
+1. Read a page of entries, then all leases: an entry seen has its lease seen too, unless that is over.
 2. Claim, by compare-and-swap of ``i``, so that of two recoverers only one gets an entry, every one without ``b``
 
    * of an incarnation without a live lease (its process died, or stopped without cleaning up), or
@@ -51,7 +51,7 @@ import orjson
 from consumer.errors import TierstreamError
 from consumer.ids import ObjectId
 from consumer.log import get_logger
-from consumer.storage.backend import Change, Revision
+from consumer.storage.backend import RECOVERABLE_MAX, Change, Revision
 from consumer.storage.bigtable_table import (
     BigtableTable,
     Cells,
@@ -194,24 +194,15 @@ class BigtableChangeLog:
         """Drop an entry; dropping an absent one is a success (LOG-3)."""
         await self._table.mutate(_entry_key(change_id), [delete_row()])
 
-    async def recoverable(self) -> Sequence[Change]:
+    async def recoverable(self, after: UUID | None = None) -> Sequence[Change]:
         """Claim and return what dead owners, and this owner before this instance, have left."""
         await self._keep_alive()
-        entries = [(key, cells) async for key, cells in self._rows(ENTRIES) if (LOG, UNREADABLE) not in cells]
-        leases = {key.removeprefix(LEASES): cells async for key, cells in self._rows(LEASES)}
-        now = micros(self._clock())
-        dead = {name for name, cells in leases.items() if _number(cells, LEASE) <= now}
-        alive = leases.keys() - dead
-        found = [(key, cells) for key, cells in entries if self._is_ours_by_now(cells)]
-        wanted = [(key, cells) for key, cells in entries if self._may_be_claimed(cells, alive, now)]
-        for start in range(0, len(wanted), CLAIMS_AT_ONCE):
-            group = wanted[start : start + CLAIMS_AT_ONCE]
-            won = await asyncio.gather(*(self._claim(key, cells) for key, cells in group))
-            found += [row for row, mine in zip(group, won, strict=True) if mine]
-        for name in dead:  # they own nothing any more
-            over = leases[name][LOG, LEASE].value
-            await self._table.check_and_mutate(LEASES + name, cell(LOG, LEASE, value=over), matched=[delete_row()])
-        return await self._readable(found)
+        start, end = ENTRIES if after is None else _entry_key(after), _behind(ENTRIES)
+        while page := await self._table.read_page(start, end, self._all, RECOVERABLE_MAX):
+            start = page[-1][0]
+            if changes := await self._readable(await self._claimed([row for row in page if _is_readable(row[1])])):
+                return changes
+        return []
 
     async def count(self) -> int:
         """Entries of this owner now in the log, without unreadable ones and those that wait for their time."""
@@ -278,8 +269,25 @@ class BigtableChangeLog:
 
     # ------------------------------------------------------------------------------------------------- entries
 
+    async def _claimed(self, entries: Sequence[tuple[bytes, Cells]]) -> Sequence[tuple[bytes, Cells]]:
+        """Claim what may be claimed of *entries*; return what is ours then. Forget the leases that are over."""
+        leases = {key.removeprefix(LEASES): cells async for key, cells in self._rows(LEASES)}
+        now = micros(self._clock())
+        dead = {name for name, cells in leases.items() if _number(cells, LEASE) <= now}
+        alive = leases.keys() - dead
+        ours = {key for key, cells in entries if self._is_ours_by_now(cells)}
+        wanted = [(key, cells) for key, cells in entries if self._may_be_claimed(cells, alive, now)]
+        for start in range(0, len(wanted), CLAIMS_AT_ONCE):
+            group = wanted[start : start + CLAIMS_AT_ONCE]
+            won = await asyncio.gather(*(self._claim(key, cells) for key, cells in group))
+            ours |= {key for (key, _), mine in zip(group, won, strict=True) if mine}
+        for name in dead:  # they own nothing any more
+            over = leases[name][LOG, LEASE].value
+            await self._table.check_and_mutate(LEASES + name, cell(LOG, LEASE, value=over), matched=[delete_row()])
+        return [row for row in entries if row[0] in ours]
+
     async def _rows(self, prefix: bytes) -> AsyncGenerator[tuple[bytes, Cells], None]:
-        after, end = prefix, prefix[:-1] + b"0"  # the character after the slash
+        after, end = prefix, _behind(prefix)
         while rows := await self._table.read_page(after, end, self._all, SCAN_ENTRIES):
             after = rows[-1][0]
             for row in rows:
@@ -327,6 +335,15 @@ class BigtableChangeLog:
         for key in unreadable:
             await self._table.mutate(key, [set_cell(LOG, UNREADABLE, b"1", 0)])
         return changes
+
+
+def _behind(prefix: bytes) -> bytes:
+    """Return the end of all keys that begin with *prefix*, which ends in a slash."""
+    return prefix[:-1] + b"0"  # the character after it
+
+
+def _is_readable(cells: Cells) -> bool:
+    return (LOG, UNREADABLE) not in cells
 
 
 def _entry_key(change_id: UUID) -> bytes:

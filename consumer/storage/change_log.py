@@ -31,14 +31,17 @@ revision too many: the new one if the swap failed, the old one if it succeeded. 
 **Recover** (in the background from construction inside a running loop, else from the first use, and again every
 :data:`RECOVERY_SECONDS` until a join; LOG-5, LOG-6)
 
-1. Claim what dead owners, and this owner before its restart, have left, and what was kept long enough. Error: as
-   above.
+1. Claim what dead owners, and this owner before its restart, have left, and what was kept long enough: a bounded
+   number of entries. Error: as above.
 2. Clean up one entry after the other, as *recovered*. One that fails goes on by itself, as a task like those above.
+3. Again from 1, behind the last of them, until there are no more. So any number of entries costs the service beside
+   it neither memory nor a long transaction, and nobody waits for it.
 
 Recovery only removes; it never finishes an operation. It sees no entry that is being worked on.
 
 **Join**: no clean-up is waited for longer than :data:`JOIN_SECONDS`, nor tried more than :data:`JOIN_ATTEMPTS` times
-more. What is left then stays in the log for the next start, and a warning says so (TIER-13, TIER-17).
+more. What is left then stays in the log for the next start, and a warning says so (TIER-13, TIER-17). Recovery finishes
+what it has claimed, and claims no more.
 
 What remains possible: a process that stalls past its lease in the middle of an upload, resumes, uploads, and dies
 before its clean-up, leaves a revision that no entry names. No object is harmed; a scan of the long-term tier finds it.
@@ -240,23 +243,32 @@ class Changes:
     async def recover(self) -> int:
         """Clean up now what dead owners have left, one entry at a time; return the number of entries met.
 
-        An entry that cannot be cleaned up goes on in the background, and does not hold up the next.
+        An entry that cannot be cleaned up goes on in the background, and does not hold up the next. During a join what
+        has been claimed is finished, and the rest left to the next start.
 
         Raises: whatever the log raises on claiming.
 
         Cancellation: entries not yet reached stay in the log.
         """
-        entries = [change for change in await self.log.recoverable() if change.change_id not in self._recovering]
-        for change in entries:
-            try:
-                await self._settle(change, ChangePhase.RECOVERED)
-            except Exception as error:  # noqa: BLE001 - whatever it was, the entry is still there
-                self._report("clean-up of a change", 1, error)
-                self.clean_up(change, ChangePhase.RECOVERED, failed=1)
-        left = sum(change.not_before is None for change in entries)
+        met = left = 0
+        after: UUID | None = None
+        while entries := await self.log.recoverable(after):
+            after = entries[-1].change_id
+            for change in entries:
+                if change.change_id in self._recovering:
+                    continue
+                met += 1
+                left += change.not_before is None
+                try:
+                    await self._settle(change, ChangePhase.RECOVERED)
+                except Exception as error:  # noqa: BLE001 - whatever it was, the entry is still there
+                    self._report("clean-up of a change", 1, error)
+                    self.clean_up(change, ChangePhase.RECOVERED, failed=1)
+            if self._joining.is_set():
+                break
         if left:
             log.info("change log recovered", entries=left)
-        return len(entries)
+        return met
 
     async def join(self) -> None:
         """Wait for recovery and all clean-ups, those that begin meanwhile included; may be called again.

@@ -21,6 +21,7 @@ from consumer.errors import BackendUnavailable
 from consumer.ids import ObjectId
 from consumer.operations import Metadata, Position, StoredObject
 from consumer.storage.backend import (
+    RECOVERABLE_MAX,
     Change,
     InlineObject,
     Payload,
@@ -322,9 +323,14 @@ class MemoryChangeLog:
         """Drop an entry; dropping an absent one is a success (LOG-3)."""
         self._changes.pop(change_id, None)
 
-    async def recoverable(self) -> Sequence[Change]:
+    async def recoverable(self, after: UUID | None = None) -> Sequence[Change]:
         """Return what was postponed and is due; every other entry is being worked on, by this very process."""
-        return [change for change in self._changes.values() if change.not_before is not None and self._is_due(change)]
+        found = [
+            change_id
+            for change_id, change in self._changes.items()
+            if self._is_recoverable(change) and (after is None or change_id > after)
+        ]
+        return [self._changes[change_id] for change_id in sorted(found)[:RECOVERABLE_MAX]]
 
     async def count(self) -> int:
         """Entries now in the log, without those that wait for their time."""
@@ -340,6 +346,9 @@ class MemoryChangeLog:
 
     async def close(self) -> None:
         """Return at once: nothing is held that needs releasing."""
+
+    def _is_recoverable(self, change: Change) -> bool:
+        return change.not_before is not None and self._is_due(change)
 
     def _is_due(self, change: Change) -> bool:
         return change.not_before is None or change.not_before <= self._clock()

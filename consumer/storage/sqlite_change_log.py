@@ -7,15 +7,18 @@ started, so that setting the wall clock kills nobody; a lease from before a rest
 
 **Record**: the entry and a renewed lease, durable when the call returns.
 
-**Recoverable**, in one transaction, so that of two recoverers only one gets an entry:
+**Recoverable**, a bounded number at a time: the writer thread is held up for milliseconds, however many there are:
 
-1. Take over, in the name of this incarnation, every entry without a ``not_before``
+1. Renew the lease. Forget the leases that are over.
+2. Look, in a reader thread, for the next entries that may be had. Those are the ones without a ``not_before``
    * of another incarnation without a live lease (its process died, or stopped without cleaning up), or
    * of an earlier incarnation of this owner, live or not, recorded before this one was made: a restart does not wait;
 
-   and every one whose ``not_before`` has come, unless another living incarnation has taken it over already.
-2. Return what has been taken over and not removed or recorded anew since, so that a recovery that failed can be begun
-   again. Of the entries recorded through this incarnation only those that were postponed and are due are among them.
+   every one whose ``not_before`` has come, unless another living incarnation has taken it over already; and what has
+   been taken over and not removed or recorded anew since, so that a recovery that failed can be begun again. Of the
+   entries recorded through this incarnation only those that were postponed and are due are among them.
+3. Take them over in the name of this incarnation, those of which all that still holds, in one transaction: of two
+   recoverers only one gets an entry.
    * An entry that cannot be read is logged, set aside, and stays in the file for inspection.
 
 **Join** ends the lease: whatever is left then may be recovered by anyone, at once.
@@ -34,7 +37,7 @@ from uuid import UUID, uuid4
 from consumer.errors import TierstreamError
 from consumer.ids import ObjectId
 from consumer.log import get_logger
-from consumer.storage.backend import Change, Revision
+from consumer.storage.backend import RECOVERABLE_MAX, Change, Revision
 from consumer.storage.host import boot_id, default_owner
 from consumer.storage.metadata import from_micros, micros, now_utc
 from consumer.storage.sqlite import SqliteDatabase, Timer
@@ -106,20 +109,27 @@ class SqliteChangeLog:
         """Drop an entry; dropping an absent one is a success (LOG-3)."""
         await self._database.write(_delete, str(change_id))
 
-    async def recoverable(self) -> Sequence[Change]:
+    async def recoverable(self, after: UUID | None = None) -> Sequence[Change]:
         """Claim and return what dead owners, and this owner before this instance, have left."""
         self._keep_alive()
-        changes: list[Change] = []
-        unreadable: list[str] = []
-        for change_id, *entry in await self._database.write(self._claim, micros(self._clock())):
-            try:
-                changes.append(_change(change_id, *entry))
-            except (TierstreamError, TypeError, ValueError, AttributeError, OverflowError):
-                unreadable.append(change_id)
-        if unreadable:
-            log.error("change log entries are unreadable and were set aside", entries=len(unreadable))
-            await self._database.write(_set_aside, unreadable)
-        return changes
+        last = "" if after is None else str(after)
+        today = micros(self._clock())
+        whose = await self._database.write(self._begin_recovery)
+        while found := await self._database.read(_candidates, {**whose, "today": today, "after": last}):
+            last = found[-1]
+            changes: list[Change] = []
+            unreadable: list[str] = []
+            for change_id, *entry in await self._database.write(self._claim, found, today):
+                try:
+                    changes.append(_change(change_id, *entry))
+                except (TierstreamError, TypeError, ValueError, AttributeError, OverflowError):
+                    unreadable.append(change_id)
+            if unreadable:
+                log.error("change log entries are unreadable and were set aside", entries=len(unreadable))
+                await self._database.write(_set_aside, unreadable)
+            if changes:
+                return changes
+        return []
 
     async def count(self) -> int:
         """Entries of this owner now in the log, without unreadable ones and those that wait for their time."""
@@ -172,13 +182,22 @@ class SqliteChangeLog:
         self._renew(connection)
         connection.execute(_INSERT, (change_id, self.owner, self._incarnation, *entry))
 
-    def _claim(self, connection: sqlite3.Connection, today: int) -> list[tuple[Any, ...]]:
+    def _begin_recovery(self, connection: sqlite3.Connection) -> dict[str, Any]:
         self._renew(connection)
-        mine, now = self._incarnation, self._monotonic()
-        connection.execute(_CLAIM, (self.owner, mine, mine, self.owner, mine, boot_id(), now))
-        connection.execute(_CLAIM_DUE, (self.owner, mine, today, boot_id(), now))
-        connection.execute(_FORGET, (boot_id(), now))  # the dead own nothing any more
-        return connection.execute(_CLAIMED, (mine,)).fetchall()
+        whose = self._whose()
+        connection.execute(_FORGET, whose)  # the dead own nothing any more
+        return whose
+
+    def _claim(self, connection: sqlite3.Connection, found: Sequence[str], today: int) -> list[tuple[Any, ...]]:
+        self._renew(connection)
+        whose = {**self._whose(), "today": today}
+        connection.executemany(_CLAIM, ({**whose, "change_id": change_id} for change_id in found))
+        claimed = (connection.execute(_CLAIMED, {**whose, "change_id": change_id}).fetchone() for change_id in found)
+        return [entry for entry in claimed if entry is not None]
+
+    def _whose(self) -> dict[str, Any]:
+        """Return what statements know this incarnation and the living by."""
+        return {"owner": self.owner, "mine": self._incarnation, "boot": boot_id(), "now": self._monotonic()}
 
 
 _Entry: TypeAlias = tuple[str, str | None, str | None, int | None]
@@ -197,22 +216,29 @@ VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (change_id) DO UPDATE SET
     claimed = 0
 WHERE excluded.not_before IS NOT NULL
 """
-_CLAIM = """
-UPDATE change_log_entries SET owner = ?, incarnation = ?, claimed = 1
-WHERE not_before IS NULL AND incarnation <> ? AND (
-    owner = ? AND sequence <= (SELECT since FROM change_log_instances WHERE incarnation = ?)
-    OR incarnation NOT IN (SELECT incarnation FROM change_log_instances WHERE boot = ? AND lease_until > ?)
+_ALIVE = "SELECT incarnation FROM change_log_instances WHERE boot = :boot AND lease_until > :now"
+_MAY_BE_HAD = f"""
+NOT unreadable AND (
+    claimed AND incarnation = :mine
+    OR not_before IS NULL AND incarnation <> :mine AND (
+        owner = :owner AND sequence <= (SELECT since FROM change_log_instances WHERE incarnation = :mine)
+        OR incarnation NOT IN ({_ALIVE})
+    )
+    OR not_before <= :today AND NOT (claimed AND incarnation IN ({_ALIVE}))
 )
-"""
-_CLAIM_DUE = """
-UPDATE change_log_entries SET owner = ?, incarnation = ?, claimed = 1
-WHERE not_before <= ? AND NOT (
-    claimed AND incarnation IN (SELECT incarnation FROM change_log_instances WHERE boot = ? AND lease_until > ?)
-)
-"""
+"""  # noqa: S608 - put together from constants, as are those below
+# Unary plus: in the order of the ids, whatever else has an index, so that no step sorts all there are.
+_CANDIDATES = f"""
+SELECT change_id FROM change_log_entries WHERE change_id > :after AND +({_MAY_BE_HAD})
+ORDER BY change_id LIMIT {RECOVERABLE_MAX}
+"""  # noqa: S608
+_CLAIM = f"""
+UPDATE change_log_entries SET owner = :owner, incarnation = :mine, claimed = 1
+WHERE change_id = :change_id AND {_MAY_BE_HAD}
+"""  # noqa: S608
 _CLAIMED = """
 SELECT change_id, object_path, new_revision, old_revision, not_before FROM change_log_entries
-WHERE incarnation = ? AND claimed AND NOT unreadable ORDER BY sequence
+WHERE change_id = :change_id AND incarnation = :mine AND claimed AND NOT unreadable
 """
 _COUNT = """
 SELECT (SELECT count(*) FROM change_log_entries WHERE owner = ? AND NOT unreadable AND not_before IS NULL)
@@ -222,7 +248,7 @@ _ENTRIES_AFTER = """
 SELECT sequence, owner, change_id, object_path, new_revision, old_revision, not_before FROM change_log_entries
 WHERE sequence > ? ORDER BY sequence LIMIT ?
 """
-_FORGET = "DELETE FROM change_log_instances WHERE boot <> ? OR lease_until <= ?"
+_FORGET = "DELETE FROM change_log_instances WHERE boot <> :boot OR lease_until <= :now"
 
 
 def _change(change_id: str, path: str, new: str | None, old: str | None, not_before: int | None) -> Change:
@@ -233,6 +259,10 @@ def _change(change_id: str, path: str, new: str | None, old: str | None, not_bef
         None if old is None else Revision(old),
         None if not_before is None else from_micros(not_before),
     )
+
+
+def _candidates(connection: sqlite3.Connection, whose: dict[str, Any]) -> list[str]:
+    return [change_id for (change_id,) in connection.execute(_CANDIDATES, whose)]
 
 
 def _entries_after(connection: sqlite3.Connection, last: int) -> list[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 from consumer.ids import ObjectId
-from consumer.storage.backend import Change, ChangeLog
+from consumer.storage.backend import RECOVERABLE_MAX, Change, ChangeLog
 from consumer.storage.revision import new_revision, uuid7
 
 AnId: TypeAlias = Callable[..., ObjectId]
@@ -234,6 +234,24 @@ class TestRecovery:
         await ended.join()
 
         assert list(await open_durable_log(owner="other").recoverable()) == [change]
+
+    async def test_any_number_of_entries_comes_in_bounded_parts(
+        self, open_durable_log: OpenLog, an_id: AnId, clock: Any
+    ) -> None:
+        """Each entry once, in the order of their ids; one that stays does not hold up those behind it."""
+        dead = open_durable_log(owner="dead", lease_seconds=30.0)
+        changes = [a_change(an_id(str(number))) for number in range(RECOVERABLE_MAX + 20)]
+        await asyncio.gather(*(dead.record(change) for change in changes))
+        clock.advance(30.1)
+        recoverer = open_durable_log(owner="recoverer", lease_seconds=1e6)
+
+        first = list(await recoverer.recoverable())
+        assert await recoverer.count() == len(first) == RECOVERABLE_MAX, "no more is claimed than is returned"
+        rest = list(await recoverer.recoverable(first[-1].change_id))
+        assert list(await recoverer.recoverable(rest[-1].change_id)) == []
+
+        assert [change.change_id for change in first + rest] == ids(changes)
+        assert list(await recoverer.recoverable()) == first, "a recovery that begins anew begins at the first"
 
     async def test_a_postponed_entry_outlives_its_owner_and_waits_all_the_same(
         self, open_durable_log: OpenLog, an_id: AnId, clock: Any

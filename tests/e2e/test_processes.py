@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 
 from brokers import Broker, noida_broker, wait_until
 from load import PARTITIONS, Load, check_nothing_is_committed_without_its_response, ends, read_back
+from sabotage import sabotage
 from service_process import ServiceProcess, command_line
 from stages import SetStage, Stage, set_up
 
@@ -53,10 +56,12 @@ def lives(pid: int) -> bool:
         return False
 
 
-def start_two(stage: Stage, partitions: int = PARTITIONS) -> ServiceProcess:
+def start_two(
+    stage: Stage, partitions: int = PARTITIONS, environment: Mapping[str, str] | None = None
+) -> ServiceProcess:
     """Start the service with two processes, and wait until each has its half of the partitions."""
     stage.config["runtime"] = TWO
-    service = stage.start(partitions=partitions)
+    service = stage.start(partitions=partitions, environment=environment)
     half = {1: partitions // 2, 2: partitions // 2}
     service.wait(lambda: shares(service) == half and service.ready, "each process to have its share")
     return service
@@ -362,6 +367,37 @@ def test_the_poison_limit_of_one_process_stops_them_all(embedded: Broker, set_st
     assert not any(map(lives, children.values()))
 
 
+STUCK = """
+import asyncio
+import os
+
+from consumer.storage import filesystem
+
+genuine = filesystem.FilesystemBackend.put
+
+
+async def put(self, *given):
+    answer = await genuine(self, *given)
+    if await asyncio.to_thread(is_the_stuck_one):
+        await asyncio.Event().wait()
+    return answer
+
+
+def is_the_stuck_one():
+    try:
+        with open(PATH, "x", encoding="ascii") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        with open(PATH, encoding="ascii") as file:
+            return file.read() == str(os.getpid())
+    return True
+
+
+filesystem.FilesystemBackend.put = put
+"""
+"""One of the processes comes no further than its uploads: a kill finds it between the tiers."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("owner", "lease"), [(None, "2s"), ("pod-0", "10m")], ids=["by lease", "by name"])
@@ -372,13 +408,16 @@ def test_what_a_killed_process_left_between_the_tiers_is_cleaned_up(
     stage = set_stage(apache, partitions=PARTITIONS)
     change_log = {**stage.config["storage"]["change_log"], "owner": owner, "lease": lease}
     stage.config["storage"] |= {"threshold": "1KiB", "change_log": change_log}
-    ledger = stage.ledger
-    service = start_two(stage)
-    for number in range(4000):
+    ledger, stuck = stage.ledger, stage.folder / "stuck"
+    service = start_two(stage, environment=sabotage(stage.folder, STUCK.replace("PATH", repr(str(stuck)))))
+    for number in range(1000):
         payload, partition = bytes(5000 + number % 7), number % PARTITIONS
         ledger.operate("insert", f"k{number % 40}", payload, statuses={201}, partition=partition, wait=False)
-    wait_until(lambda: bool(ledger.poll()) and ledger.answered() >= 200, 60, "the load to be worked on")
-    os.kill(pids(service)[1], signal.SIGKILL)
+    service.wait(lambda: stuck.exists() and stuck.read_text(encoding="ascii").isdigit(), "a process to get stuck")
+    victim = int(stuck.read_text(encoding="ascii"))
+    (number,) = (number for number, pid in pids(service).items() if pid == victim)
+    service.wait(lambda: entries_left(stage) > 0, "it to be between the tiers")
+    os.kill(victim, signal.SIGKILL)
 
     def recovered() -> list[dict[str, Any]]:
         return [line for line in service.log_lines() if line.get("event") == "change log recovered"]
@@ -394,4 +433,11 @@ def test_what_a_killed_process_left_between_the_tiers_is_cleaned_up(
 
     assert (found["changes"], found["orphans"], found["dangling"]) == (0, [], [])
     if owner is not None:
-        assert {line["process"] for line in recovered()} == {1}, "nobody else may before the lease is over"
+        assert {line["process"] for line in recovered()} == {number}, "nobody else may before the lease is over"
+
+
+def entries_left(stage: Stage) -> int:
+    """How many changes the file holds."""
+    with closing(sqlite3.connect(stage.config["storage"]["high_volume"]["path"], timeout=30)) as file:
+        found: tuple[int] = file.execute("SELECT count(*) FROM change_log_entries").fetchone()
+    return found[0]

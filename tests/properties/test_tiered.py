@@ -122,9 +122,8 @@ class DurableLog(MemoryChangeLog):
         self._changes = entries
         self._earlier = set(entries)
 
-    async def recoverable(self) -> list[Change]:
-        earlier = [change for change_id, change in self._changes.items() if change_id in self._earlier]
-        return [*await super().recoverable(), *(change for change in earlier if change.not_before is None)]
+    def _is_recoverable(self, change: Change) -> bool:
+        return super()._is_recoverable(change) or (change.not_before is None and change.change_id in self._earlier)
 
 
 class Machine(RuleBasedStateMachine):

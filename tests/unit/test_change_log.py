@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, cast
+from uuid import UUID
 
 import pytest
 
@@ -15,7 +16,7 @@ from consumer.ids import ObjectContext, ObjectId
 from consumer.metrics import Counts
 from consumer.operations import DEFAULT_METADATA
 from consumer.storage import change_log
-from consumer.storage.backend import Change, InlineObject, Revision, Tombstone
+from consumer.storage.backend import RECOVERABLE_MAX, Change, InlineObject, Revision, Tombstone
 from consumer.storage.change_log import (
     ATTEMPTS_AT_ONCE,
     JOIN_ATTEMPTS,
@@ -37,6 +38,7 @@ from failures import (
     LostDeletionAnswer,
     LostRecordAnswer,
     PauseAfterRecord,
+    PausedDeletion,
     assert_nothing_left_over,
     revisions,
 )
@@ -661,6 +663,43 @@ class TestRecovery:
 
         await changes.join()
         assert await log.count() == 0
+
+    async def test_any_number_of_entries_is_gone_through_in_bounded_parts(self) -> None:
+        """Those that fail are in every part's way, and in nobody's."""
+
+        class Asked(InheritedChanges):
+            def __init__(self) -> None:
+                super().__init__(change() for _ in range(10 * RECOVERABLE_MAX))
+                self.parts: list[int] = []
+
+            async def recoverable(self, after: UUID | None = None) -> Sequence[Change]:
+                found = await super().recoverable(after)
+                self.parts.append(len(found))
+                return found
+
+        log = Asked()
+        long_term = FailingDeletion(times=RECOVERABLE_MAX + 7)
+        changes, *_ = make(long_term=long_term, log=log)
+        assert await changes.recover() == 10 * RECOVERABLE_MAX
+        assert log.parts == [RECOVERABLE_MAX] * 10 + [0]
+        await changes.join()
+
+        assert not log._changes
+
+    async def test_a_join_does_not_wait_for_any_number_of_entries(self) -> None:
+        """What has been claimed is finished; the rest is for the next start, and stays in the log."""
+        long_term, log = PausedDeletion(), InheritedChanges(change() for _ in range(3 * RECOVERABLE_MAX))
+        changes, *_ = make(long_term=long_term, log=log)
+        changes.start()
+        await long_term.reached.wait()
+        joining = asyncio.create_task(changes.join())
+        await until_idle()
+        assert not joining.done()
+
+        long_term.go_on.set()
+        await joining
+
+        assert len(log._changes) == 2 * RECOVERABLE_MAX
 
     async def test_a_log_that_cannot_be_read_is_tried_again(self) -> None:
         log = InheritedChanges([change()], times=7)
