@@ -23,12 +23,14 @@ The flow, and who owns what
 * :mod:`consumer.kafka.publisher` owns the Kafka producer; one lane for each output partition keeps the order.
 * An :class:`~consumer.assignment.Assignment` owns its reservation, its running operations and its offset tracker, from
   *assigned* to *drained*.
+* :mod:`consumer.tracing` puts spans around all that, and :mod:`consumer.error_reports` hears what the log says of
+  defects; ``app`` loads either only where :mod:`consumer.telemetry` finds it wanted.
 * :mod:`consumer.watchdog` judges what stands still for no reason; ``app`` shows it the process, and ends it with 3.
 * :mod:`consumer.storage.change_log` owns the clean-up that outlives an operation; ``app`` joins it last.
 
 Modules import downwards only: pyproject.toml declares the layers, ``make lint`` holds them. Vendors stay at their edge:
 aiokafka in ``kafka/``, fastavro in ``codec`` and ``avro_schemas``, prometheus_client in ``metrics`` and ``admin``,
-Google's clients in ``storage/``.
+Google's clients in ``storage/``, OpenTelemetry in ``tracing``, Sentry in ``error_reports``.
 
 Guarantees
 ==========

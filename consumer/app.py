@@ -42,10 +42,10 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from consumer.admin import AdminServer
-from consumer.assignment import Lane, Pipeline
+from consumer.assignment import Assignment, Lane, Pipeline
 from consumer.avro_schemas import schema_text
 from consumer.budget import ByteBudget
 from consumer.codec import RESPONSE_PREFIX, OperationDecoder, got_bytes_max, registry_prefix
@@ -53,6 +53,7 @@ from consumer.commits import CommitPolicy
 from consumer.config import RESPONSE_OVERHEAD_BYTES, Config
 from consumer.errors import BackendError, BackendUnavailable, ConfigError
 from consumer.exits import CLEAN, FAILURE, FATAL, POISONED, STOP_MARGIN_SECONDS, USAGE
+from consumer.handler import Handler
 from consumer.ids import ObjectId
 from consumer.kafka.clients import TopicPartition, make_consumer, make_producer, make_transactional_producer
 from consumer.kafka.poller import COMMIT_TIMEOUT_SECONDS, Poller
@@ -82,13 +83,22 @@ from consumer.storage.factory import (
 )
 from consumer.storage.tiered import TieredStorage
 from consumer.suspects import Suspects
+from consumer.telemetry import start_error_reports, start_tracing
 from consumer.watchdog import LOOK_SECONDS, Suspicion, Watchdog, WatchdogTripped, watchdog_limits
+
+if TYPE_CHECKING:
+    from consumer.error_reports import ErrorReports
+    from consumer.tracing import Tracing
 
 CLIENT_STOP_SECONDS = 3.0
 PUBLISHER_STOP_SECONDS = 2.0
 STORAGE_JOIN_SECONDS = 3.0
 STORAGE_CLOSE_SECONDS = 1.5
 """With the final commit's 5 s these four stay below :data:`~consumer.exits.STOP_MARGIN_SECONDS`: 14.5 s."""
+TRACES_STOP_SECONDS = 3.0
+"""For the last spans to be taken, while storage's clean-ups are joined; what is not taken by then is lost."""
+REPORTS_STOP_SECONDS = 2.0
+"""For the last error reports to be taken, after all else."""
 STEP_SECONDS = 2.0
 """For a step that waits for nobody, and on top of what a step gives itself: longer, and it hangs."""
 
@@ -193,6 +203,8 @@ class App:
         self._publisher: Publisher | None = None
         self._poller: Poller | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._tracing: Tracing | None = None
+        self._reports: ErrorReports | None = None
         self._hanging: list[str] = []
         """Steps of the stop that did not end in time: the process must not wait for the same once more."""
         self.registry = new_registry()
@@ -203,6 +215,8 @@ class App:
         """Start, wait, stop."""
         config = self._config
         self._install_signals()
+        self._reports = start_error_reports(os.environ)
+        self._tracing = start_tracing(os.environ, config.kafka.group_id)
         try:
             storage = self._storage = await self._open_storage()
         except (ConfigError, BackendError) as error:
@@ -252,6 +266,9 @@ class App:
         await self._step("admin port", admin.stop(), STEP_SECONDS)
         guard.cancel()
         log.info("stopped", exit_code=self._exit_code)
+        if self._reports is not None:
+            stopping = asyncio.to_thread(self._reports.stop, REPORTS_STOP_SECONDS)
+            await self._step("error reports", stopping, REPORTS_STOP_SECONDS + STEP_SECONDS)
         if self._hanging:  # the end of an event loop, and of an interpreter, waits for tasks and threads
             sys.stderr.flush()
             os._exit(self._exit_code)
@@ -276,6 +293,10 @@ class App:
             await open_parts(high_volume, long_term, change_log)
         except BackendUnavailable as error:
             log.warning("storage is not available yet", error=str(error))
+        if self._tracing is not None:
+            high_volume = self._tracing.tier(high_volume, "high_volume")
+            long_term = self._tracing.tier(long_term, "long_term")
+            change_log = self._tracing.tier(change_log, "change_log")
         return TieredStorage(
             high_volume,
             long_term,
@@ -317,6 +338,11 @@ class App:
             poison_stops=config.dead_letter.on_limit == "stop",
             transactions=_transactions(config, plan) if config.delivery == "exactly-once" else None,
             committed_only=config.input.isolation == "read_committed",
+            make_assignment=(
+                Assignment
+                if self._tracing is None
+                else self._tracing.assignment(config.output.topic, plan.output_partitions)
+            ),
         )
         await poller.start()
         self._watching = asyncio.create_task(self._watch(poller, publisher), name="watchdog")
@@ -357,6 +383,7 @@ class App:
             on_blocked=self._storage_is_blocked,
             counts=self._counts,
             object_bytes_max=config.limits.object_bytes,
+            make_handler=Handler if self._tracing is None else self._tracing.handler(),
         )
         decoder = OperationDecoder(
             framing=config.input.framing,
@@ -502,8 +529,15 @@ class App:
             stopping = self._publisher.stop(PUBLISHER_STOP_SECONDS)
             await self._step("publisher", stopping, PUBLISHER_STOP_SECONDS + 2 * STEP_SECONDS)
         if self._storage is not None:
-            await self._step("storage's clean-ups", self._storage.join(), STORAGE_JOIN_SECONDS)
+            await asyncio.gather(
+                self._step("storage's clean-ups", self._storage.join(), STORAGE_JOIN_SECONDS),
+                self._stop_tracing(),
+            )
             await self._step("storage", self._close_storage(self._storage), STORAGE_CLOSE_SECONDS)
+
+    async def _stop_tracing(self) -> None:
+        if self._tracing is not None:
+            await self._step("traces", asyncio.to_thread(self._tracing.stop), TRACES_STOP_SECONDS)
 
     async def _close_storage(self, storage: TieredStorage) -> None:
         await storage.close()

@@ -2,7 +2,8 @@
 
 1. :meth:`TierstreamClient.start` finds the end of the response topic and reads on from there, in a task of its own.
 2. A call encodes its operation with a ``request_id`` that no other call has, and produces it with the object's path as
-   record key, so that operations on one object stay in order. It counts as *pending* from before it is produced.
+   record key, so that operations on one object stay in order. It counts as *pending* from before it is produced. Within
+   a span of OpenTelemetry the record carries its context, so that the service's spans continue the caller's trace.
 3. The reader decodes each response; the pending call with its ``request_id`` gets it. Responses of other clients belong
    to nobody here, and so do repeats (a service that was killed answers again what it had not committed): both are
    dropped.
@@ -16,6 +17,7 @@ The reader ends only where responses cannot be read at all; then every pending c
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, Self, TypeVar
@@ -222,7 +224,8 @@ class TierstreamClient:
     async def _call(self, operation: Operation, kind: type[_Response]) -> _Response:
         request_id = uuid4().hex
         path = None if operation.key is None else ObjectId(operation.context, operation.key).storage_path
-        record = Outgoing(encode_operation(operation, request_id), None if path is None else path.encode())
+        value = encode_operation(operation, request_id)
+        record = Outgoing(value, None if path is None else path.encode(), headers=trace_headers())
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(self._timeout), self._turn:
@@ -271,6 +274,22 @@ class TierstreamClient:
         for answer in self._pending.values():
             if not answer.done():
                 answer.set_exception(error)
+
+
+def trace_headers() -> list[tuple[str, bytes | None]]:
+    """Return the headers by which the current span goes on in the service; none where there is no span.
+
+    Whoever has a span has loaded OpenTelemetry; so where it is not loaded, it is not looked for.
+    """
+    if "opentelemetry.trace" not in sys.modules:
+        return []
+    from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415 - only where its user has it
+        TraceContextTextMapPropagator,
+    )
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return [(name, value.encode()) for name, value in carrier.items()]
 
 
 def response_of(context: ObjectContext, fields: Mapping[str, Any]) -> OpResponse:

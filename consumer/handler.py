@@ -414,5 +414,6 @@ def failure_of(kind: Kind, error: BaseException) -> TierstreamError:
         failure.__cause__ = error
     else:
         failure = OperationPanic.from_exception(error)
-    log.log(failure.log_level, "operation failed", kind=kind, code=failure.code, error=str(failure))
+    trace = {"exc_info": error} if isinstance(failure, OperationPanic) else {}  # a defect: where it is has to be told
+    log.log(failure.log_level, "operation failed", kind=kind, code=failure.code, error=str(failure), **trace)
     return failure

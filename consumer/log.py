@@ -53,6 +53,8 @@ PINNED: Final = {
     "aiohttp": (logging.INFO, logging.WARNING),
     "asyncio": (logging.ERROR, logging.ERROR),
     "google": (logging.INFO, logging.WARNING),
+    "opentelemetry": (logging.INFO, logging.WARNING),
+    "sentry_sdk": (logging.WARNING, logging.WARNING),
     "urllib3": (logging.INFO, logging.WARNING),
 }
 """Logger: (lowest level at ``debug``, lowest level otherwise).

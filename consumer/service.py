@@ -53,6 +53,7 @@ class StorageService:
         on_blocked: As for :class:`~consumer.handler.Handler`.
         counts: Where operations are counted; None counts nothing.
         object_bytes_max: As for :class:`~consumer.handler.Handler`.
+        make_handler: Makes what applies operations.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class StorageService:
         on_blocked: Callable[[bool], None] | None = None,
         counts: Counts | None = None,
         object_bytes_max: int | None = None,
+        make_handler: Callable[..., Handler] = Handler,
     ) -> None:
         self.limiter = ConcurrencyLimiter() if limiter is None else limiter
         """Issues the permits."""
         self._storage = storage
-        self._handler = Handler(
+        self._handler = make_handler(
             storage,
             references=references,
             retry=retry,

@@ -14,7 +14,7 @@ from consumer.assignment import Assignment, Owner, Pipeline
 from consumer.budget import ByteBudget
 from consumer.codec import OperationDecoder
 from consumer.executor import StreamExecutor
-from consumer.handler import Storage
+from consumer.handler import Handler, Storage
 from consumer.metrics import Counts
 from consumer.permits import ConcurrencyLimiter
 from consumer.responses import Header
@@ -145,6 +145,8 @@ class Workplace:
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of the :class:`Pipeline` that differ from the usual ones."""
     retry: RetryPolicy | None = None
+    make_assignment: Callable[..., Assignment] = Assignment
+    make_handler: Callable[..., Handler] = Handler
 
     def __post_init__(self) -> None:
         """Build the parts."""
@@ -153,7 +155,9 @@ class Workplace:
         self.counts = Counts()
         self.limiter = ConcurrencyLimiter(self.limit)
         self.budget = ByteBudget(self.budget_bytes)
-        self.service = StorageService(self.storage, self.limiter, retry=self.retry, counts=self.counts)
+        self.service = StorageService(
+            self.storage, self.limiter, retry=self.retry, counts=self.counts, make_handler=self.make_handler
+        )
         usual: dict[str, Any] = {
             "service": self.service,
             "decoder": OperationDecoder(),
@@ -189,7 +193,7 @@ class Workplace:
         self, partition: int = 0, window: int | None = 5, *, begin: int | None = 0, note: Note | None = None
     ) -> Assignment:
         """Make an assignment, with a window unless that is None, and open it at *begin* unless that is None."""
-        made = Assignment(
+        made = self.make_assignment(
             self.pipeline,
             "operations",
             partition,

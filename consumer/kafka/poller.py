@@ -165,6 +165,7 @@ class Poller(ConsumerRebalanceListener):
         poison_stops: Whether a partition with too many poison records ends the service, or is only read no more.
         transactions: Exactly-once: responses and offsets in transactions; None = offsets are committed by schedule.
         committed_only: Whether input is read ``read_committed``, that is up to the oldest open transaction.
+        make_assignment: Makes each partition's assignment.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class Poller(ConsumerRebalanceListener):
         poison_stops: bool = False,
         transactions: Transactions | None = None,
         committed_only: bool = True,
+        make_assignment: Callable[..., Assignment] = Assignment,
     ) -> None:
         self.rebalancing = True
         """True until the first assignment, and from each revocation to the next assignment."""
@@ -208,6 +210,7 @@ class Poller(ConsumerRebalanceListener):
         """Partitions of which this process reads no more, and why; some may be assigned to other members by now."""
         self._transactions = transactions
         self._committed_only = committed_only
+        self._make_assignment = make_assignment
         self._writers: dict[TopicPartition, TransactionWriter] = {}
         self._consumer: AIOKafkaConsumer | None = None
         self._epoch = 0
@@ -584,7 +587,7 @@ class Poller(ConsumerRebalanceListener):
         notes = await self._notes(partitions)
         executors = self._reserve(partitions)
         for partition in partitions:
-            self._assignments[partition] = Assignment(
+            self._assignments[partition] = self._make_assignment(
                 self._pipeline,
                 partition.topic,
                 partition.partition,

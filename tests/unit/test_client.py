@@ -275,3 +275,22 @@ async def test_a_call_before_the_start_is_a_mistake_of_the_program() -> None:
     with pytest.raises(RuntimeError, match="start the client"):
         await client(ChannelDouble()).get(CONTEXT, "k")
 
+
+
+async def test_within_a_span_the_operation_carries_its_context() -> None:
+    """So that the service's spans continue the caller's trace; without a span there is nothing to carry."""
+    from opentelemetry.sdk.trace import TracerProvider
+
+    channel = ChannelDouble(lambda operation: Deleted(operation.key))
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("caller")
+    async with client(channel) as calls:
+        await calls.delete(CONTEXT, "k")
+        with tracer.start_as_current_span("work") as span:
+            await calls.delete(CONTEXT, "k")
+
+    outside, inside = channel.sent
+    context = span.get_span_context()
+    assert outside.headers == []
+    ((name, value),) = inside.headers
+    assert name == "traceparent"
+    assert (value or b"").startswith(f"00-{context.trace_id:032x}-{context.span_id:016x}-".encode())
