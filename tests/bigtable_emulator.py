@@ -168,13 +168,13 @@ def bigtable_emulator() -> Iterator[Emulator]:
 
 
 class FaultyConnection:
-    """Google's table object, some of whose next requests fail, or are answered late: the faults of a network.
+    """What a table sends its requests over; some of the next ones fail, or are answered late: the faults of a network.
 
     Put between a backend and its table by :meth:`under`.
     """
 
-    def __init__(self, table: Any) -> None:
-        self._table = table
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
         self._planned: list[tuple[str, Exception | None, Callable[[], Awaitable[object]] | None, bool]] = []
         self.sent: list[str] = []
         """Names of the requests made."""
@@ -183,7 +183,7 @@ class FaultyConnection:
     async def under(cls, backend: Any) -> FaultyConnection:
         """Put one under *backend*, a tier or a change log."""
         connection = cls(await backend._table._connect())
-        backend._table._table = connection
+        backend._table._connection = connection
         return connection
 
     def not_sent(self, name: str, error: Exception, times: int = 1) -> None:
@@ -201,8 +201,8 @@ class FaultyConnection:
         self._planned.append((name, None, meanwhile, True))
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._table, name)
-        if name not in {"check_and_mutate_row", "mutate_row", "read_row", "read_rows", "bulk_mutate_rows"}:
+        method = getattr(self._connection, name)
+        if name not in {"check_and_mutate_row", "mutate_row", "read_row", "read_rows"}:
             return method
 
         async def request(*given: Any, **named: Any) -> Any:

@@ -13,7 +13,8 @@ A row that has expired is absent: for reads, for preconditions, for everything (
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -32,6 +33,18 @@ Payload: TypeAlias = bytes | AsyncIterable[bytes]
 Chunks that lie in an object store as a whole may say so in an attribute ``copy_source``, a :class:`CopySource` or None:
 their size is known then, and a backend of the same store may copy them where they are instead of reading them.
 """
+
+
+on_repeated: ContextVar[Callable[[], None] | None] = ContextVar("on_repeated", default=None)
+"""What a backend calls for each attempt at a request after the first (:func:`repeated`). Set for the time of a request
+by whoever counts, where the backend says that it repeats any (``repeats_requests``)."""
+
+
+def repeated() -> None:
+    """Count an attempt after the first one at the request that this task makes."""
+    count = on_repeated.get()
+    if count is not None:
+        count()
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,6 @@ SCAN_ROWS = 1_000
 SCAN_END = b"~"
 """Behind the last storage path, which begins with a usecase: the rows of a change log in the same table follow."""
 
-_MILLISECOND = timedelta(milliseconds=1)
 
 
 class BigtableBackend:
@@ -142,6 +141,8 @@ class BigtableBackend:
 
     Raises (all methods): ``BackendUnavailable``, ``BackendError``; ``ConfigError`` without client or credentials.
     """
+
+    repeats_requests = True
 
     def __init__(
         self,
@@ -319,12 +320,11 @@ class BigtableBackend:
         key, changes = _key(object_id), self._changes(object_id, write, position)
         for _ in range(RACES_MAX):
             since = self._since()
-            in_the_way, seen = _target(since), self._head
-            if position is not None:
-                in_the_way, seen = any_of(in_the_way, _later(position, since)), any_of(seen, _later(position, since))
+            later = [] if position is None else [_later(position, since)]
+            in_the_way = any_of(_target(since), *later) if later else _target(since)
             if not (await self._table.check_and_mutate(key, in_the_way, unmatched=changes)).matched:
                 return None
-            cells = await self._table.read(key, seen)
+            cells = await self._table.read(key, any_of(self._head, *later) if later else self._head)
             if position is not None and (REDIRECTS, _position_column(position)) in cells:
                 return None
             tombstone = _tombstone(cells, self._clock())
@@ -332,10 +332,10 @@ class BigtableBackend:
                 return tombstone
         raise BackendUnavailable("the row is changed faster than it can be written")
 
-    def _since(self) -> datetime:
-        """Return the first deadline that counts as live in a condition."""
-        now = self._clock()
-        return now - timedelta(microseconds=now.microsecond % 1000) + _MILLISECOND
+    def _since(self) -> int:
+        """Return the first deadline, in microseconds, that counts as live in a condition."""
+        now = micros(self._clock())
+        return now - now % 1000 + 1000
 
     def _read(self, cells: Cells) -> TieredRead:
         """Return what a row holds."""
@@ -402,12 +402,12 @@ def _ahead(cells: Cells, position: Position | None) -> int:
     return 0 if known is None or position is None else int(known.value) - position.offset
 
 
-def _position(position: Position, since: datetime) -> Filter:
+def _position(position: Position, since: int) -> Filter:
     """Let the position of the last write of the same source pass, if it is remembered."""
     return cell(REDIRECTS, _position_column(position), since=since)
 
 
-def _later(position: Position, since: datetime) -> Filter:
+def _later(position: Position, since: int) -> Filter:
     """Let the position of a later write of the same source pass, if there is one."""
     return cell(REDIRECTS, _position_column(position), since=since, above=b"%020d" % position.offset)
 
@@ -416,12 +416,12 @@ def _ban_column(revision: Revision) -> bytes:
     return FORBIDDEN + revision.name.encode()
 
 
-def _target(since: datetime, revision: Revision | None = None) -> Filter:
+def _target(since: int, revision: Revision | None = None) -> Filter:
     """Let the live target pass, only *revision* if that is given."""
     return cell(REDIRECTS, TARGET, since=since, value=None if revision is None else revision.name.encode())
 
 
-def _ban(revision: Revision, since: datetime) -> Filter:
+def _ban(revision: Revision, since: int) -> Filter:
     """Let the ban on *revision* pass, if there is one."""
     return cell(REDIRECTS, _ban_column(revision), since=since)
 

@@ -121,6 +121,8 @@ class BigtableChangeLog:
     Raises (all methods): ``BackendUnavailable``, ``BackendError``; ``ConfigError`` without client or credentials.
     """
 
+    repeats_requests = True
+
     def __init__(
         self,
         project: str,

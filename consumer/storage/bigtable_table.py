@@ -2,6 +2,11 @@
 
 The client is imported when the first table is made (it takes a second or two), and connects at the first request.
 
+**Reads** are the client's. **Writes** are sent by themselves (:class:`_Writes`), as the same requests over the same
+transport: what the client wraps around each costs four times what sending it does, and Bigtable has no request that
+writes to several rows on conditions. So the writes of a window are that many requests on their way at once, each with
+its own answer, and what each costs decides how many there are in a second.
+
 **A request**
 
 1. Sent with a deadline of :data:`ATTEMPT_SECONDS`.
@@ -30,12 +35,14 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from consumer.errors import BackendError, BackendUnavailable, ConfigError, TierstreamError
 from consumer.log import get_logger
+from consumer.storage.backend import repeated
 
 log = get_logger(__name__)
 
@@ -60,6 +67,13 @@ still ends with the service's own attempt, at 20 s."""
 
 GROUPS_AT_ONCE = 4
 """Such requests on their way at a time: while they are, what is asked for gathers."""
+
+WRITE_CONNECTIONS = 5
+"""Connections for writes, used when they are needed: the default permits of a process, 500, on their way at once."""
+
+WRITES_AT_ONCE = 100
+"""Writes on one connection before the next one is used: as many as Google's servers take of one connection at a time.
+Not spread further than that: what is sent together travels together, for a third less time of both sides."""
 
 CONNECT_SECONDS = 15.0
 """How long credentials may take: a metadata server that is not there is asked for about ten."""
@@ -118,10 +132,10 @@ class Check(NamedTuple):
 
 
 Filter: TypeAlias = Any
-"""The client's ``RowFilter``."""
+"""A ``RowFilter`` as it is sent."""
 
 Change: TypeAlias = Any
-"""The client's ``Mutation``."""
+"""A ``Mutation`` as it is sent."""
 
 
 @cache
@@ -138,38 +152,86 @@ def vendor() -> Any:
     return data
 
 
+@cache
+def messages() -> Any:
+    """Return the kinds of messages that requests are made of: protocol buffers, without the client's own layer.
+
+    The client has to be installed.
+    """
+    from google.cloud.bigtable_v2 import types  # noqa: PLC0415 - loaded with the client
+
+    filters = types.RowFilter.pb()
+    return SimpleNamespace(
+        Filter=filters,
+        All=filters.Chain,
+        Any=filters.Interleave,
+        ColumnRange=types.ColumnRange.pb(),
+        ValueRange=types.ValueRange.pb(),
+        TimestampRange=types.TimestampRange.pb(),
+        Mutation=types.Mutation.pb(),
+        CheckAndMutate=types.CheckAndMutateRowRequest.pb(),
+        Checked=types.CheckAndMutateRowResponse.pb(),
+        Mutate=types.MutateRowRequest.pb(),
+        Mutated=types.MutateRowResponse.pb(),
+    )
+
+
+@cache
+def transport() -> Any:
+    """Return what sends them, and what its errors and headers are made with; the client has to be installed."""
+    from google.api_core.exceptions import from_grpc_error  # noqa: PLC0415 - loaded with the client
+    from google.api_core.gapic_v1.routing_header import to_grpc_metadata  # noqa: PLC0415 - as above
+    from google.cloud.bigtable_v2.services.bigtable.transports import (  # noqa: PLC0415 - as above
+        BigtableGrpcAsyncIOTransport,
+    )
+    from grpc import RpcError, aio  # noqa: PLC0415 - as above
+
+    return SimpleNamespace(
+        insecure_channel=aio.insecure_channel,
+        secure_channel=BigtableGrpcAsyncIOTransport.create_channel,
+        Error=RpcError,
+        translated=from_grpc_error,
+        routing=to_grpc_metadata,
+    )
+
+
 # ------------------------------------------------------------------------------------------------- filters, mutations
 
 
 def columns(pattern: bytes) -> Filter:
     """Let the newest cell of each column pass whose whole qualifier matches *pattern*, in any family."""
-    filters = vendor().row_filters
-    return filters.RowFilterChain([filters.ColumnQualifierRegexFilter(pattern), filters.CellsColumnLimitFilter(1)])
+    make = messages().Filter
+    return _all_of(make(column_qualifier_regex_filter=pattern), make(cells_per_column_limit_filter=1))
 
 
 def cell(
     family: str,
     qualifier: bytes,
     *,
-    since: datetime | None = None,
+    since: int | None = None,
     value: bytes | None = None,
     above: bytes | None = None,
 ) -> Filter:
-    """Let the cells of one column pass, those not older than *since* and holding *value*, or more than *above*."""
-    filters = vendor().row_filters
-    parts = [filters.ColumnRangeFilter(family, qualifier, qualifier), filters.CellsColumnLimitFilter(1)]
+    """Let the cells of one column pass, those not older than *since* (microseconds) and holding *value*, or above."""
+    kinds = messages()
+    make = kinds.Filter
+    column = kinds.ColumnRange(
+        family_name=family, start_qualifier_closed=qualifier, end_qualifier_closed=qualifier
+    )
+    parts = [make(column_range_filter=column), make(cells_per_column_limit_filter=1)]
     if since is not None:
-        parts.append(filters.TimestampRangeFilter(start=since))
+        parts.append(make(timestamp_range_filter=kinds.TimestampRange(start_timestamp_micros=since)))
     if value is not None:
-        parts.append(filters.ValueRangeFilter(value, value))
+        parts.append(make(value_range_filter=kinds.ValueRange(start_value_closed=value, end_value_closed=value)))
     if above is not None:
-        parts.append(filters.ValueRangeFilter(above, inclusive_start=False))
-    return filters.RowFilterChain(parts)
+        parts.append(make(value_range_filter=kinds.ValueRange(start_value_open=above)))
+    return _all_of(*parts)
 
 
 def any_of(*parts: Filter) -> Filter:
     """Let pass what one of *parts* does."""
-    return vendor().row_filters.RowFilterUnion(list(parts))
+    kinds = messages()
+    return kinds.Filter(interleave=kinds.Any(filters=parts))
 
 
 def first_is(qualifier: bytes, *parts: Filter) -> Filter:
@@ -178,40 +240,61 @@ def first_is(qualifier: bytes, *parts: Filter) -> Filter:
     The columns of a family are sorted by qualifier; the order of families is not defined. So this is "and not": the
     column *qualifier* passes, unless one of the other parts lets an earlier column of the same family pass.
     """
-    filters = vendor().row_filters
-    return filters.RowFilterChain(
-        [
-            filters.RowFilterUnion(list(parts)),
-            filters.CellsRowLimitFilter(1),
-            filters.ColumnQualifierRegexFilter(qualifier),
-        ]
+    make = messages().Filter
+    return _all_of(
+        any_of(*parts), make(cells_per_row_limit_filter=1), make(column_qualifier_regex_filter=qualifier)
     )
 
 
 def without_value(part: Filter) -> Filter:
     """Let pass what *part* does, with empty values."""
-    filters = vendor().row_filters
-    return filters.RowFilterChain([part, filters.StripValueTransformerFilter(flag=True)])
+    return _all_of(part, messages().Filter(strip_value_transformer=True))
+
+
+def _all_of(*parts: Filter) -> Filter:
+    """Let pass what each of *parts* does, one after the other; two at least."""
+    kinds = messages()
+    return kinds.Filter(chain=kinds.All(filters=parts))
 
 
 def set_cell(family: str, qualifier: bytes, value: bytes, micros: int) -> Change:
     """Write a cell; *micros* is a multiple of 1,000."""
-    return vendor().SetCell(family, qualifier, value, micros)
+    make = messages().Mutation
+    return make(
+        set_cell=make.SetCell(family_name=family, column_qualifier=qualifier, timestamp_micros=micros, value=value)
+    )
 
 
 def delete_family(family: str) -> Change:
     """Remove all cells of a family from the row."""
-    return vendor().DeleteAllFromFamily(family)
+    make = messages().Mutation
+    return make(delete_from_family=make.DeleteFromFamily(family_name=family))
 
 
 def delete_column(family: str, qualifier: bytes) -> Change:
     """Remove all cells of a column from the row."""
-    return vendor().DeleteRangeFromColumn(family, qualifier)
+    make = messages().Mutation
+    return make(delete_from_column=make.DeleteFromColumn(family_name=family, column_qualifier=qualifier))
 
 
 def delete_row() -> Change:
     """Remove all cells of the row."""
-    return vendor().DeleteAllFromRow()
+    make = messages().Mutation
+    return make(delete_from_row=make.DeleteFromRow())
+
+
+class _ReadFilter:
+    """A filter as the client's reads take it."""
+
+    __slots__ = ("_filter",)
+
+    def __init__(self, row_filter: Filter) -> None:
+        self._filter = row_filter
+
+    def _to_pb(self) -> Any:
+        from google.cloud.bigtable_v2.types import RowFilter  # noqa: PLC0415 - loaded by now
+
+        return RowFilter.wrap(self._filter)
 
 
 # ------------------------------------------------------------------------------------------------- errors
@@ -278,13 +361,12 @@ class BigtableTable:
     """
 
     def __init__(self, name: TableName, families: Mapping[str, bool]) -> None:
-        vendor()
-        self.retries = 0
-        """Attempts that were repeated (MET-12)."""
+        for load in (vendor, messages, transport):  # now, as importing blocks
+            load()
         self._name = name
         self._families = families
-        self._client: Any = None
-        self._table: Any = None
+        self._path = f"projects/{name.project}/instances/{name.instance}/tables/{name.table}"
+        self._connection: _Connection | None = None
         self._connecting: asyncio.Lock | None = None
 
     async def check_and_mutate(
@@ -297,34 +379,40 @@ class BigtableTable:
     ) -> Check:
         """Write *matched* if *predicate* lets a cell of the row pass, else *unmatched*, atomically."""
         attempts = 0
+        request = messages().CheckAndMutate(
+            table_name=self._path,
+            app_profile_id=self._name.app_profile,
+            row_key=row_key,
+            predicate_filter=predicate,
+            true_mutations=matched,
+            false_mutations=unmatched,
+        )
 
-        async def attempt(table: Any) -> bool:
+        def attempt(connection: _Connection) -> Awaitable[bool]:
             nonlocal attempts
             attempts += 1
-            done: bool = await table.check_and_mutate_row(
-                row_key,
-                predicate,
-                true_case_mutations=list(matched) or None,
-                false_case_mutations=list(unmatched) or None,
-            )
-            return done
+            return connection.check_and_mutate_row(request)
 
         return Check(await self._request(attempt), attempts > 1)
 
     async def mutate(self, row_key: bytes, changes: Sequence[Change]) -> None:
         """Write to a row, atomically and whatever it holds."""
-        await self._request(lambda table: table.mutate_row(row_key, list(changes)))
+        request = messages().Mutate(
+            table_name=self._path, app_profile_id=self._name.app_profile, row_key=row_key, mutations=changes
+        )
+        await self._request(lambda connection: connection.mutate_row(request))
 
     async def read(self, row_key: bytes, row_filter: Filter) -> Cells:
         """Read what *row_filter* lets pass of a row."""
-        row = await self._request(lambda table: table.read_row(row_key, row_filter=row_filter))
+        wanted = _ReadFilter(row_filter)
+        row = await self._request(lambda connection: connection.read_row(row_key, row_filter=wanted))
         return {} if row is None else _cells(row)
 
     async def read_rows(self, row_keys: Sequence[bytes], row_filter: Filter) -> Mapping[bytes, Cells]:
         """Read what *row_filter* lets pass of several rows, in one attempt; rows of which nothing does are left out."""
-        query = vendor().ReadRowsQuery(row_keys=list(row_keys), row_filter=row_filter)
+        query = vendor().ReadRowsQuery(row_keys=list(row_keys), row_filter=_ReadFilter(row_filter))
         seconds = {"operation_timeout": GROUP_SECONDS, "attempt_timeout": GROUP_SECONDS}
-        rows = await self._request(lambda table: table.read_rows(query, **seconds), attempts=1)
+        rows = await self._request(lambda connection: connection.read_rows(query, **seconds), attempts=1)
         return {row.row_key: _cells(row) for row in rows}
 
     async def read_page(
@@ -333,9 +421,9 @@ class BigtableTable:
         """Read up to *limit* rows of which *row_filter* lets something pass, with keys from *after* to *end*."""
         data = vendor()
         scope = data.RowRange(start_key=after, end_key=end, start_is_inclusive=False, end_is_inclusive=False)
-        query = data.ReadRowsQuery(row_ranges=scope, row_filter=row_filter, limit=limit)
+        query = data.ReadRowsQuery(row_ranges=scope, row_filter=_ReadFilter(row_filter), limit=limit)
         seconds = {"operation_timeout": SCAN_SECONDS, "attempt_timeout": SCAN_SECONDS}
-        rows = await self._request(lambda table: table.read_rows(query, **seconds))
+        rows = await self._request(lambda connection: connection.read_rows(query, **seconds))
         return [(row.row_key, _cells(row)) for row in rows]
 
     async def check(self) -> None:
@@ -365,8 +453,7 @@ class BigtableTable:
             family: {"gc_rule": {"max_age": COLLECTED_AFTER}} if collected else {}
             for family, collected in self._families.items()
         }
-        parent = f"projects/{self._name.project}/instances/{self._name.instance}"
-        path = f"{parent}/tables/{self._name.table}"
+        parent, path = f"projects/{self._name.project}/instances/{self._name.instance}", self._path
         losing: list[str] = []
         channel, admin = await self._admin()
         try:
@@ -401,57 +488,34 @@ class BigtableTable:
 
     async def close(self) -> None:
         """Let go of the connection, bounded; a second call does nothing."""
-        table, client, self._table, self._client = self._table, self._client, None, None
-        if client is None:
-            return
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await table.close()
-                exporters = _taken_exporters(client)
-                await client.close(timeout=CLOSE_SECONDS)
-            if exporters:  # they end with a request of their own, and block
-                ending = [asyncio.to_thread(exporter.close) for exporter in exporters]
-                await asyncio.wait(map(asyncio.ensure_future, ending), timeout=CLOSE_SECONDS)
-        except TimeoutError:
-            log.warning("the Bigtable client did not close in time", seconds=CLOSE_SECONDS)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
 
     # ------------------------------------------------------------------------------------------------- inside
 
-    async def _request(self, attempt: Callable[[Any], Awaitable[T]], attempts: int = ATTEMPTS) -> T:
-        table = self._table or await self._connect()
+    async def _request(self, attempt: Callable[[_Connection], Awaitable[T]], attempts: int = ATTEMPTS) -> T:
+        connection = self._connection or await self._connect()
         failed = 0
         while True:
             try:
-                return await attempt(table)
+                return await attempt(connection)
             except Exception as error:
                 failed += 1
                 if failed < attempts and is_passing(error):
-                    self.retries += 1
+                    repeated()
                     continue
                 raise translate(error) from error
 
-    async def _connect(self) -> Any:
+    async def _connect(self) -> _Connection:
         if self._connecting is None:
             self._connecting = asyncio.Lock()
         async with self._connecting:
-            if self._table is None:
-                credentials = await self._credentials()
-                # Made on the event loop, which it is bound to. The environment is the client's only way to be told.
-                with _environment(EMULATOR_VARIABLE, self._name.emulator_host), warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # that there is an emulator is no surprise
-                    self._client = vendor().BigtableDataClientAsync(project=self._name.project, credentials=credentials)
-                self._table = self._client.get_table(
-                    self._name.instance,
-                    self._name.table,
-                    app_profile_id=self._name.app_profile,
-                    default_operation_timeout=ATTEMPT_SECONDS,
-                    default_attempt_timeout=ATTEMPT_SECONDS,
-                    default_retryable_errors=(),
-                    default_read_rows_operation_timeout=ATTEMPT_SECONDS,
-                    default_read_rows_attempt_timeout=ATTEMPT_SECONDS,
-                    default_read_rows_retryable_errors=(),
+            if self._connection is None:
+                self._connection = _Connection.to(
+                    self._name, self._path, await self._credentials(), self._emulator_host
                 )
-            return self._table
+            return self._connection
 
     @property
     def _emulator_host(self) -> str | None:
@@ -491,6 +555,135 @@ class BigtableTable:
             channel = BigtableTableAdminGrpcAsyncIOTransport.create_channel(credentials=credentials)
         transport = BigtableTableAdminGrpcAsyncIOTransport(channel=channel, credentials=credentials)
         return channel, BaseBigtableTableAdminAsyncClient(transport=transport)
+
+
+class _Connection:
+    """What requests to one table are sent over: the client for reads, and writes by themselves.
+
+    Raises (requests): what Google's client raises, ``google.api_core.exceptions`` above all.
+    """
+
+    def __init__(self, client: Any, table: Any, writes: _Writes) -> None:
+        self._client = client
+        self._table = table
+        self._writes = writes
+        self.read_row = table.read_row
+        self.read_rows = table.read_rows
+        self.check_and_mutate_row = writes.check_and_mutate_row
+        self.mutate_row = writes.mutate_row
+
+    @classmethod
+    def to(cls, name: TableName, path: str, credentials: Any, emulator_host: str | None) -> _Connection:
+        """Make one on the event loop, which it is bound to."""
+        # The environment is the client's only way to be told.
+        with _environment(EMULATOR_VARIABLE, name.emulator_host), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that there is an emulator is no surprise
+            client = vendor().BigtableDataClientAsync(project=name.project, credentials=credentials)
+        table = client.get_table(
+            name.instance,
+            name.table,
+            app_profile_id=name.app_profile,
+            default_operation_timeout=ATTEMPT_SECONDS,
+            default_attempt_timeout=ATTEMPT_SECONDS,
+            default_retryable_errors=(),
+            default_read_rows_operation_timeout=ATTEMPT_SECONDS,
+            default_read_rows_attempt_timeout=ATTEMPT_SECONDS,
+            default_read_rows_retryable_errors=(),
+        )
+        return cls(client, table, _Writes(path, name.app_profile, credentials, emulator_host))
+
+    async def close(self) -> None:
+        """Let go of everything, bounded."""
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._writes.close()
+                await self._table.close()
+                exporters = _taken_exporters(self._client)
+                await self._client.close(timeout=CLOSE_SECONDS)
+            if exporters:  # they end with a request of their own, and block
+                ending = [asyncio.to_thread(exporter.close) for exporter in exporters]
+                await asyncio.wait(map(asyncio.ensure_future, ending), timeout=CLOSE_SECONDS)
+        except TimeoutError:
+            log.warning("the Bigtable client did not close in time", seconds=CLOSE_SECONDS)
+
+
+class _Writes:
+    """Sends writes to one table, over up to :data:`WRITE_CONNECTIONS` connections.
+
+    Raises (requests): ``google.api_core.exceptions``, as the client does.
+    """
+
+    def __init__(self, path: str, app_profile: str | None, credentials: Any, emulator_host: str | None) -> None:
+        sender = transport()
+        self._error: type[Exception] = sender.Error
+        self._translated = sender.translated
+        # Where Google's servers look for what they route a request by.
+        self._routing = (sender.routing({"table_name": path, "app_profile_id": app_profile or ""}),)
+        self._lines = [_Line(_channel(credentials, emulator_host)) for _ in range(WRITE_CONNECTIONS)]
+
+    async def check_and_mutate_row(self, request: Any) -> bool:
+        """Send a conditional write; True if its predicate let something pass."""
+        line = self._free_line()
+        line.on_the_way += 1
+        try:
+            answer = await line.check_and_mutate(request, timeout=ATTEMPT_SECONDS, metadata=self._routing)
+        except self._error as error:
+            raise self._translated(error) from error
+        finally:
+            line.on_the_way -= 1
+        matched: bool = answer.predicate_matched
+        return matched
+
+    async def mutate_row(self, request: Any) -> None:
+        """Send a write without condition."""
+        line = self._free_line()
+        line.on_the_way += 1
+        try:
+            await line.mutate(request, timeout=ATTEMPT_SECONDS, metadata=self._routing)
+        except self._error as error:
+            raise self._translated(error) from error
+        finally:
+            line.on_the_way -= 1
+
+    async def close(self) -> None:
+        """End what is on its way, and let go of the connections."""
+        for line in self._lines:
+            await line.channel.close()
+
+    def _free_line(self) -> _Line:
+        """Return the first connection with room for a request; where all are full, the one that has fewest."""
+        for line in self._lines:
+            if line.on_the_way < WRITES_AT_ONCE:
+                return line
+        return min(self._lines, key=lambda line: line.on_the_way)
+
+
+class _Line:
+    """One connection for writes; it connects with the first of them."""
+
+    __slots__ = ("channel", "check_and_mutate", "mutate", "on_the_way")
+
+    def __init__(self, channel: Any) -> None:
+        kinds, service = messages(), "/google.bigtable.v2.Bigtable/"
+        self.channel = channel
+        self.check_and_mutate = channel.unary_unary(
+            service + "CheckAndMutateRow", kinds.CheckAndMutate.SerializeToString, kinds.Checked.FromString
+        )
+        self.mutate = channel.unary_unary(
+            service + "MutateRow", kinds.Mutate.SerializeToString, kinds.Mutated.FromString
+        )
+        self.on_the_way = 0
+
+
+def _channel(credentials: Any, emulator_host: str | None) -> Any:
+    """Return a connection for writes, of its own: by default gRPC would make one of all that look alike."""
+    options = (
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.max_send_message_length", -1),  # a cell is larger than the default
+    )
+    if emulator_host is not None:
+        return transport().insecure_channel(emulator_host, options=options)
+    return transport().secure_channel(credentials=credentials, options=options)
 
 
 class RowReader:

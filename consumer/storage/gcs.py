@@ -144,6 +144,8 @@ class GcsBackend:
     no bucket. Cancellation: as :mod:`consumer.storage.gcs_client` says.
     """
 
+    repeats_requests = True
+
     def __init__(
         self,
         bucket: str,

@@ -38,7 +38,7 @@ from typing import Any, TypeVar, TypeVarTuple
 from consumer.errors import BackendError, BackendUnavailable, ConfigError, ReferenceFailure, TierstreamError
 from consumer.log import get_logger
 from consumer.retry import RetryPolicy
-from consumer.storage.backend import CopySource
+from consumer.storage.backend import CopySource, repeated
 
 try:
     import google.auth
@@ -301,6 +301,7 @@ class GcsClient:
                 if failed >= attempts or isinstance(error, StartAnew) or self._closed:
                     raise
             await asyncio.sleep(RETRIES.backoff(failed, random.random()))  # noqa: S311 - spreads load, hides nothing
+            repeated()
 
     async def _once(self, step: Callable[[Connection, *Ts], T], arguments: tuple[*Ts], effect: Effect | None) -> T:
         if self._closed or len(self._steps) >= STEPS_MAX:

@@ -95,6 +95,7 @@ from consumer.storage.backend import (
     TieredWrite,
     Tombstone,
     copy_source,
+    on_repeated,
 )
 from consumer.storage.change_log import Changes
 from consumer.storage.handouts import Handouts
@@ -481,5 +482,17 @@ class _Observed:
             succeeded(time.perf_counter() - started)
             return answer
 
-        setattr(self, name, timed)
-        return timed
+        def repeated() -> None:
+            counts.retries += 1
+
+        @wraps(method)
+        async def timed_with_repeats(*given: Any, **named: Any) -> Any:
+            before = on_repeated.set(repeated)
+            try:
+                return await timed(*given, **named)
+            finally:
+                on_repeated.reset(before)
+
+        observed = timed_with_repeats if getattr(self._backend, "repeats_requests", False) else timed
+        setattr(self, name, observed)
+        return observed

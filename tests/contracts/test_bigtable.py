@@ -17,13 +17,16 @@ from bigtable_emulator import Emulator, FaultyConnection
 from cli_runner import Tierstream
 from consumer.errors import BackendError, BackendUnavailable, ConfigError, TooLarge
 from consumer.ids import ObjectId
+from consumer.metrics import Counts
 from consumer.operations import Metadata, StoredObject, TimeToIdle, TimeToLive
 from consumer.storage import bigtable
 from consumer.storage.backend import InlineObject, Removal, Revision, TieredWrite, Tombstone
 from consumer.storage.bigtable import NEVER, RACES_MAX, BigtableBackend
 from consumer.storage.bigtable_table import ATTEMPTS, BigtableTable, TableName, delete_column
+from consumer.storage.memory import MemoryBackend
 from consumer.storage.metadata import encode_metadata, micros
 from consumer.storage.revision import new_revision
+from consumer.storage.tiered import TieredStorage
 
 pytestmark = pytest.mark.emulator
 
@@ -275,10 +278,28 @@ class TestFaults:
 
         fail = connection.answer_lost if applied else connection.not_sent
         fail("check_and_mutate_row", lost())
+        connection.sent.clear()
 
         assert await request(backend, an_id("disturbed")) == answer
+        assert connection.sent.count("check_and_mutate_row") == 2
         assert await cells_of(backend, an_id("disturbed")) == await cells_of(backend, an_id("undisturbed"))
-        assert backend._table.retries == 1
+
+    async def test_what_is_repeated_is_counted(
+        self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
+    ) -> None:
+        """MET-12: by tier and operation, each attempt after the first."""
+        counts = Counts()
+        storage = TieredStorage(backend, MemoryBackend(), observer=counts)
+        connection.not_sent("check_and_mutate_row", lost(), ATTEMPTS - 1)
+        connection.not_sent("read_row", lost())
+        await storage.put(an_id(), Metadata(), b"x")
+        await storage.get(an_id())
+        await storage.put(an_id(), Metadata(), b"x")
+
+        operations = ("put_non_tombstone", "get_tiered", "head_tiered")
+        repeats = [counts.requests("high_volume", operation).retries for operation in operations]
+        assert repeats == [ATTEMPTS - 1, 1, 0]
+        await storage.join()
 
     async def test_a_swap_won_unheard_and_replaced_since_is_not_called_lost(
         self, backend: BigtableBackend, other: BigtableBackend, connection: FaultyConnection, an_id: AnId
@@ -790,9 +811,10 @@ class TestTable:
         await stranger.create()
         await stranger.close()
 
+        connection = await FaultyConnection.under(made)
         with pytest.raises(ConfigError, match=f"storage init.*{table}"):
             await made.open()
-        assert made._table.retries == 0
+        assert connection.sent == ["mutate_row"]
         if isinstance(made, BigtableBackend):
             with pytest.raises(BackendError, match="storage init"):
                 await made.put_non_tombstone(an_id(), Metadata(), b"x")

@@ -6,18 +6,33 @@ import asyncio
 import subprocess
 import sys
 import threading
+from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs
 
+import grpc
 import pytest
+from google.auth.credentials import AnonymousCredentials
 
 from consumer import BigtableBackend, BigtableChangeLog
 from consumer.config import CELL_BYTES_MAX, load
 from consumer.errors import BackendUnavailable, ConfigError
 from consumer.ids import ObjectContext, ObjectId
 from consumer.storage import bigtable_table
-from consumer.storage.bigtable_table import BigtableTable, TableName, vendor
+from consumer.storage.bigtable_table import (
+    WRITES_AT_ONCE,
+    BigtableTable,
+    TableName,
+    _channel,
+    _Connection,
+    _Writes,
+    delete_row,
+    messages,
+    vendor,
+)
 from consumer.storage.factory import make_change_log, make_high_volume
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +129,8 @@ class Exporter:
 class IdleTable:
     """A table with nothing to let go of."""
 
+    read_row = read_rows = None
+
     async def close(self) -> None:
         return None
 
@@ -121,7 +138,7 @@ class IdleTable:
 def connected(client: Any) -> BigtableTable:
     """Return a table that holds *client*."""
     table = BigtableTable(TableName("p", "i", "t"), {})
-    table._client, table._table = client, IdleTable()
+    table._connection = _Connection(client, IdleTable(), _Writes("t", None, None, "127.0.0.1:1"))
     return table
 
 
@@ -129,8 +146,9 @@ async def test_closing_a_connection_that_hangs_ends(monkeypatch: pytest.MonkeyPa
     """Stopping has its time; a second close finds nothing to do."""
     monkeypatch.setattr(bigtable_table, "CLOSE_SECONDS", 0.01)
     table = connected(HangingClient())
-    await table.close()
-    await table.close()
+    async with asyncio.timeout(20):
+        await table.close()
+        await table.close()
 
 
 async def test_what_exports_metrics_is_ended_in_a_thread() -> None:
@@ -148,3 +166,84 @@ async def test_what_exports_metrics_is_ended_in_a_thread() -> None:
 
     assert len(exporter.closed_in) == 1
     assert exporter.closed_in != [threading.get_ident()]
+
+
+AT_ONCE = 150
+"""Writes that need a second connection."""
+
+
+class WritesHeld:
+    """A server whose answers to conditional writes wait; it remembers what came with each, and on which connection."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.headers: list[dict[str, str]] = []
+        self.by_connection: Counter[str] = Counter()
+        self.all_there = asyncio.Event()
+        """As many as :data:`AT_ONCE`."""
+
+    async def answer(self, _request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        self.headers.append({name: str(value) for name, value in context.invocation_metadata() or ()})
+        self.by_connection[context.peer()] += 1
+        if self.by_connection.total() == AT_ONCE:
+            self.all_there.set()
+        await self.go_on.wait()
+        return b""
+
+
+@pytest.fixture
+async def writes_held() -> AsyncIterator[tuple[WritesHeld, _Writes]]:
+    """Lend such a server, and what sends writes to it."""
+    held, server = WritesHeld(), grpc.aio.server()
+    untyped: Any = grpc
+    handler = untyped.unary_unary_rpc_method_handler(held.answer)
+    service = untyped.method_handlers_generic_handler("google.bigtable.v2.Bigtable", {"CheckAndMutateRow": handler})
+    server.add_generic_rpc_handlers((service,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    writes = _Writes("projects/p/instances/i/tables/t/1", "profile", None, f"127.0.0.1:{port}")
+    yield held, writes
+    held.go_on.set()
+    await writes.close()
+    await server.stop(0)
+
+
+def a_write() -> Any:
+    """Return a conditional write, as it is sent."""
+    return messages().CheckAndMutate(table_name="t", row_key=b"k", true_mutations=[delete_row()])
+
+
+async def test_writes_fill_one_connection_before_they_use_the_next(writes_held: tuple[WritesHeld, _Writes]) -> None:
+    """Google's servers take 100 requests at a time on each; what is sent together travels together."""
+    held, writes = writes_held
+    request = a_write()
+    at_once = [asyncio.create_task(writes.check_and_mutate_row(request)) for _ in range(AT_ONCE)]
+    async with asyncio.timeout(30):
+        await held.all_there.wait()
+    assert sorted(held.by_connection.values()) == [AT_ONCE - WRITES_AT_ONCE, WRITES_AT_ONCE]
+    held.go_on.set()
+
+    assert await asyncio.gather(*at_once) == [False] * AT_ONCE
+    await writes.check_and_mutate_row(request)
+    assert max(held.by_connection.values()) == WRITES_AT_ONCE + 1, "the first one has room again"
+
+
+async def test_writes_say_what_they_are_routed_by(writes_held: tuple[WritesHeld, _Writes]) -> None:
+    """As Google's client has it: without it a request takes a longer way, or none."""
+    held, writes = writes_held
+    held.go_on.set()
+    await writes.check_and_mutate_row(a_write())
+
+    routing = held.headers[0]["x-goog-request-params"]
+    assert parse_qs(routing) == {"table_name": ["projects/p/instances/i/tables/t/1"], "app_profile_id": ["profile"]}
+
+
+async def test_credentials_and_encryption_where_it_is_not_an_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The channel of Google's own transport, to Google's own address."""
+    made: list[tuple[str, Any]] = []
+    monkeypatch.setattr(grpc.aio, "secure_channel", lambda target, credentials, **_: made.append((target, credentials)))
+    _channel(AnonymousCredentials(), None)
+
+    ((target, credentials),) = made
+    assert target == "bigtable.googleapis.com"
+    assert isinstance(credentials, grpc.ChannelCredentials)

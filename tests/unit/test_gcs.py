@@ -17,11 +17,15 @@ import google_crc32c
 import pytest
 
 from consumer.errors import BackendError, BackendUnavailable, ConfigError, InvalidMetadata, ReferenceFailure
+from consumer.ids import ObjectContext, ObjectId
+from consumer.metrics import Counts
 from consumer.operations import Metadata, StoredObject, TimeToIdle, TimeToLive
 from consumer.retry import RetryPolicy
 from consumer.storage import gcs, gcs_client
 from consumer.storage.backend import CopySource, Revision
 from consumer.storage.gcs import GATHER_BYTES, WHOLE_BYTES, GcsBackend
+from consumer.storage.memory import MemoryBackend
+from consumer.storage.tiered import TieredStorage
 from strict_gcs import StrictGcs
 
 NOON = datetime(2026, 1, 1, 12, 0, 0, 5, tzinfo=UTC)
@@ -512,6 +516,20 @@ class TestDelete:
         await tier.delete(REVISION)
 
         assert not strict_gcs.bucket("bucket")
+
+    async def test_what_is_repeated_is_counted(self, tier: GcsBackend, strict_gcs: StrictGcs) -> None:
+        """MET-12: by tier and operation, each attempt after the first."""
+        counts = Counts()
+        storage = TieredStorage(MemoryBackend(), tier, threshold=1, observer=counts)
+        object_id = ObjectId(ObjectContext("u"), "k")
+        strict_gcs.plan("insert", times=2, status=503)
+        await storage.put(object_id, Metadata(), b"payload")
+        strict_gcs.plan("find", status=503)
+        assert await storage.head(object_id) is not None
+        await storage.put(object_id, Metadata(), b"payload")
+        await storage.join()
+
+        assert [counts.requests("long_term", name).retries for name in ("put", "head", "delete")] == [2, 1, 0]
 
     async def test_what_may_still_arrive_is_forgotten_after_an_hour(
         self, tier: GcsBackend, strict_gcs: StrictGcs, monkeypatch: pytest.MonkeyPatch
