@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
 from uuid import UUID
 
 import google_crc32c
@@ -18,6 +19,7 @@ from consumer.operations import Metadata, PayloadReference, Position, StoredObje
 from consumer.storage.backend import Change, Payload, Revision, TieredHead, TieredRead, TieredWrite, Tombstone
 from consumer.storage.handouts import is_copy
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
+from consumer.storage.metadata import now_utc
 
 
 class Away(BackendUnavailable):
@@ -306,6 +308,18 @@ class InheritedChanges(Failing, MemoryChangeLog):
 
     def _is_recoverable(self, change: Change) -> bool:
         return change.change_id in self.inherited
+
+
+class DurableLog(MemoryChangeLog):
+    """A change log whose entries outlive the process; a new instance recovers what was there before it."""
+
+    def __init__(self, entries: dict[UUID, Change], clock: Callable[[], datetime] = now_utc) -> None:
+        super().__init__("owner", clock=clock)
+        self._changes = entries
+        self._earlier = set(entries)
+
+    def _is_recoverable(self, change: Change) -> bool:
+        return super()._is_recoverable(change) or (change.not_before is None and change.change_id in self._earlier)
 
 
 # ------------------------------------------------------------------------------------------------ one that can more

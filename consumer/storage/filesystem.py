@@ -60,7 +60,7 @@ from consumer.errors import BackendError, BackendUnavailable, ConfigError, Tiers
 from consumer.log import get_logger
 from consumer.operations import Metadata, PayloadReference, StoredObject
 from consumer.storage.backend import Payload, Revision
-from consumer.storage.host import HostLock
+from consumer.storage.host import HostLock, make_folder
 from consumer.storage.metadata import decode_metadata, encode_metadata, expired, now_utc
 
 log = get_logger(__name__)
@@ -164,7 +164,7 @@ class _Tree:
 
     def __init__(self, path: str) -> None:
         self._root = self._incoming = -1
-        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(Path(path))
         self.uri = Path(path).absolute().as_uri()
         self._root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # the root itself may be a link
         self._lock: HostLock | None = None
@@ -334,7 +334,8 @@ class _Tree:
     def _check_format(self) -> None:
         fd = os.open("FORMAT", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._root)
         try:
-            found = os.pread(fd, 32, 0).strip()
+            # A power cut during the very first start can leave a file of zeros: nothing has been stored by then.
+            found = os.pread(fd, 32, 0).strip(b"\0\n ")
             if not found:
                 os.pwrite(fd, b"%d\n" % FORMAT, 0)
                 os.fsync(fd)

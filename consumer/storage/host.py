@@ -1,4 +1,4 @@
-"""What storage on local disks needs to know about its host: its identity, a name for an owner, and a lock per folder.
+"""What storage on local disks needs of its host: its identity, a name for an owner, folders, and a lock for each.
 
 SQLite files and plain files serve the processes of *one* host: their shared memory, leases and locks mean nothing to
 another one that sees the same disk over a network. :class:`HostLock` notices that where it can be noticed:
@@ -42,6 +42,32 @@ def boot_id() -> str:
 def default_owner() -> str:
     """Return a change log owner that no other process has: host name and 32 random bits."""
     return f"{socket.gethostname()}-{secrets.token_hex(4)}"
+
+
+def make_folder(folder: Path) -> None:
+    """Make *folder*, for our eyes only, and those above it, where they are missing; their names are durable then.
+
+    Else a power cut soon after the first start could take all that was acknowledged until then, folder and all.
+    Blocking.
+
+    Raises:
+        OSError: it cannot be made, or is something else.
+    """
+    missing = [folder]
+    while not missing[-1].exists() and missing[-1] != missing[-1].parent:
+        missing.append(missing[-1].parent)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for above in missing[1:]:
+        sync_folder(above)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in *folder* durable. Blocking."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 class HostLock:

@@ -54,7 +54,7 @@ from consumer.storage.backend import (
     TieredWrite,
     Tombstone,
 )
-from consumer.storage.host import HostLock
+from consumer.storage.host import HostLock, make_folder, sync_folder
 from consumer.storage.metadata import FORBIDDEN_FOR, POSITION_KEPT, decode_metadata, encode_metadata, micros, now_utc
 
 log = get_logger(__name__)
@@ -482,7 +482,7 @@ class SqliteDatabase:
 
     def _prepare(self) -> HostLock:
         folder = Path(self._path).parent
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder)
         lock = HostLock(f"{self._path}.lock")
         try:
             with suppress(FileExistsError):
@@ -495,15 +495,6 @@ class SqliteDatabase:
             lock.release()
             raise
         return lock
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new names in *folder* durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _create_or_check(connection: sqlite3.Connection) -> None:

@@ -1,8 +1,8 @@
 """A full disk: refused and to be tried again, never half of anything, and all is well when there is space again.
 
-A real one: a small filesystem in memory, filled to its last block (where this may be mounted: as root), and, everywhere,
-a limit on how long files may grow, which fails the same calls. The process itself asserts that every object stays
-readable and whole (`filling.py`); here stands what must have happened, and what is left in the folder.
+A real one: a small filesystem in memory, filled to its last block (where root may mount it), and, everywhere, a limit
+on how long files may grow, which fails the same calls. The process itself asserts that every object stays readable and
+whole (`filling.py`); here stands what must have happened, and what is left in the folder.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from consumer.errors import TierstreamError
 from consumer.ids import ObjectContext, ObjectId
 from consumer.operations import DEFAULT_METADATA, PayloadReference, StoredObject
 from consumer.storage.backend import Change, Tombstone
-from consumer.storage.memory import MemoryBackend, MemoryChangeLog
+from consumer.storage.memory import MemoryBackend
 from consumer.storage.tiered import TieredStorage
-from failures import Away, Referenced, assert_nothing_left_over
+from failures import Away, DurableLog, Referenced, assert_nothing_left_over
 
 THRESHOLD = 8
 CONTEXT = ObjectContext("machine")
@@ -112,18 +112,6 @@ class Clock:
     def advance(self, seconds: float) -> None:
         """Move on."""
         self.time += timedelta(seconds=seconds)
-
-
-class DurableLog(MemoryChangeLog):
-    """A change log whose entries outlive the process; a new instance recovers what was there before it."""
-
-    def __init__(self, entries: dict[UUID, Change], clock: Clock) -> None:
-        super().__init__("owner", clock=clock)
-        self._changes = entries
-        self._earlier = set(entries)
-
-    def _is_recoverable(self, change: Change) -> bool:
-        return super()._is_recoverable(change) or (change.not_before is None and change.change_id in self._earlier)
 
 
 class Machine(RuleBasedStateMachine):
