@@ -103,6 +103,52 @@ class TestGroups:
 
         assert groups == [1, 100]
 
+    async def test_what_is_asked_for_in_one_turn_is_queued_at_once(self, backend: SqliteBackend) -> None:
+        """A window of writes is one group, though the writer has nothing else to do: not a first one and the rest."""
+        await backend.open()
+        groups: list[int] = []
+        writer = backend._database._writer
+        run = writer._run
+
+        def counted(connection: sqlite3.Connection, group: Any) -> Any:
+            groups.append(len(group))
+            return run(connection, group)
+
+        writer._run = counted
+        await asyncio.gather(*(backend.put_non_tombstone(an_id(key), Metadata(), b"x") for key in range(50)))
+
+        assert groups == [50]
+
+    async def test_reads_of_a_group_see_one_state(self, backend: SqliteBackend) -> None:
+        """One look at the file for all of them; a write that comes meanwhile is seen by the next group."""
+        await backend.put_non_tombstone(an_id(), Metadata(), b"before")
+
+        def look(connection: sqlite3.Connection) -> Any:
+            return connection.execute("SELECT payload FROM objects").fetchone()[0]
+
+        gate = Gate()
+        reads = [asyncio.create_task(backend._database.read(step)) for step in (look, gate, look)]
+        await until(gate.reached)
+        await backend.put_non_tombstone(an_id(), Metadata(), b"after")
+        assert await backend._database.read(look) == b"after"
+        gate.opened.set()
+
+        assert await asyncio.gather(*reads) == [b"before", "through", b"before"]
+
+    async def test_a_read_at_fault_does_not_fail_its_neighbours(self, backend: SqliteBackend) -> None:
+        """Whatever went wrong, the transaction they share included."""
+        await backend.put_non_tombstone(an_id(), Metadata(), b"x")
+
+        def faulty(connection: sqlite3.Connection) -> None:
+            connection.execute("ROLLBACK")
+            raise ValueError
+
+        reads = (backend.get_tiered(an_id()), backend._database.read(faulty), backend.get_tiered(an_id()))
+        first, fault, last = await asyncio.gather(*reads, return_exceptions=True)
+
+        assert first == last == await backend.get_tiered(an_id()) == StoredObject(Metadata(size=1), b"x")
+        assert isinstance(fault, BackendError)
+
     async def test_a_group_is_bounded_in_bytes(self, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         """The write-ahead log must not grow with the number of callers."""
         monkeypatch.setattr(sqlite, "GROUP_BYTES_MAX", 1000)
@@ -316,6 +362,16 @@ class TestFaults:
 
         with pytest.raises(BackendUnavailable, match="closed"):
             await backend.get_tiered(an_id())
+
+
+    async def test_one_that_is_closed_before_a_request_is_queued_says_so(self, file: Path) -> None:
+        """In the turn in which it was asked for."""
+        backend = SqliteBackend(file)
+        asked = asyncio.create_task(backend.put_non_tombstone(an_id(), Metadata(), b"x"))
+        asyncio.get_running_loop().call_soon(backend._database._writer.stop)
+        with pytest.raises(BackendUnavailable, match="closed"):
+            await asked
+        await backend.close()
 
 
 class TestCancellation:
