@@ -309,7 +309,7 @@ class App:
     async def _start(self) -> None:
         config = self._config
         schemas = self._schemas = _schema_registry(config)
-        plan = await inspect_topics(config)
+        plan = await inspect_topics(config, self._not_reached)
         response_prefix = await self._response_prefix(schemas)
         self._not_started = "starting the producer"
         publisher = self._publisher = Publisher(
@@ -349,6 +349,9 @@ class App:
         self._watching.add_done_callback(self._task_ended)
         self._not_started = None
         self._state = "running"
+
+    def _not_reached(self, why: str) -> None:
+        self._not_started = f"connecting to the broker: {why}"
 
     async def _response_prefix(self, schemas: SchemaRegistry | None) -> bytes:
         """Return what every response begins with; for that the registry has to take the responses' schema."""

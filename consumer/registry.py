@@ -25,7 +25,6 @@ import base64
 import json
 import random
 import re
-import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -38,6 +37,7 @@ from weakref import WeakValueDictionary
 import aiohttp
 
 from consumer.avro_schemas import DEPTH_MAX, SCHEMA_BYTES_MAX, Schema, read_schema
+from consumer.certificates import trusting
 from consumer.errors import ConfigError, DecodeError
 from consumer.log import get_logger
 from consumer.retry import RetryPolicy
@@ -124,7 +124,7 @@ class SchemaRegistry:
         elif username is not None:
             pair = f"{username}:{password or ''}".encode()
             self._headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
-        self._ssl = _trusting(ssl_ca_file) if parts.scheme == "https" else None
+        self._ssl = trusting(ssl_ca_file, "schema_registry.ssl_ca_file") if parts.scheme == "https" else None
         self._depth_max = depth_max
         self._retry = retry
         self._now = now
@@ -377,10 +377,3 @@ def _says_unknown(status: int, answer: bytes | None) -> bool:
     """Tell whether it is the registry that does not know the schema (40403 and its like), not a server the path."""
     code = _fields(answer).get("error_code")
     return status == 404 and isinstance(code, int) and 40400 <= code <= 40499
-
-
-def _trusting(ca_file: Path | None) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"schema_registry.ssl_ca_file cannot be used: {type(error).__name__}") from error

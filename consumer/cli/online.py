@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from consumer.certificates import trusting
 from consumer.config import Config, SchemaRegistry, format_size
 from consumer.errors import ConfigError
-from consumer.kafka.connection import trusting
 from consumer.kafka.topics import Cluster, ClusterRefusal, ClusterUnavailable, Topic, is_compacted, needed_topics
 
 REGISTRY_SECONDS: Final = 5.0
@@ -35,10 +35,13 @@ class Check:
     ok: bool | None
     """None = not checked."""
     detail: str
+    hint: str | None = None
+    """What can be done about it."""
 
     def shown(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
-        return {"check": self.check, "ok": self.ok, "detail": self.detail}
+        hint = {} if self.hint is None else {"hint": self.hint}
+        return {"check": self.check, "ok": self.ok, "detail": self.detail, **hint}
 
 
 def check_online(config: Config) -> list[Check]:
@@ -63,7 +66,7 @@ async def _kafka(config: Config) -> AsyncIterator[Check]:
             for check in _permissions(config):
                 yield check
     except (ClusterUnavailable, ConfigError) as error:
-        yield Check("brokers", False, str(error))
+        yield Check("brokers", False, str(error), getattr(error, "hint", None))
 
 
 async def _topics(cluster: Cluster, config: Config) -> AsyncIterator[Check]:

@@ -169,7 +169,8 @@ def check_config(
             mark = {True: "ok", False: "FAILED", None: "not checked"}[check["ok"]]
             say(f"{mark:11}  {check['check']}: {check['detail']}")
     if failed:
-        complain("not everything that the configuration needs is there")
+        hints = [check["hint"] for check in checks if "hint" in check]
+        complain("not everything that the configuration needs is there", hints[0] if hints else None)
         raise typer.Exit(EXIT_FAILURE)
 
 

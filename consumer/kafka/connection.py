@@ -3,8 +3,8 @@
 :func:`consumer_settings`, :func:`producer_settings` and :func:`admin_settings` return keyword arguments. What is fixed
 here and not configurable is fixed because a hazard of the client depends on it; the reasons stand beside each value.
 
-Credentials: certificates are read when the settings are made (changed files take a restart), OAuth tokens when a
-connection asks for one. No error text holds a secret.
+Credentials: certificates are those that are in their files when a connection is made, OAuth tokens are asked for when a
+connection needs one; user names and passwords are those of the start. No error text holds a secret.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any, Final
 from aiokafka.abc import AbstractTokenProvider
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 
+from consumer.certificates import identified, trusting
 from consumer.config import KIB, MIB, Config, Kafka, Oauth
-from consumer.errors import ConfigError
 
 METADATA_MAX_AGE_MS: Final = 60_000
 """New partitions and deleted topics are noticed within a minute; by default it would be five (hazard H16i)."""
@@ -169,39 +169,17 @@ def _milliseconds(seconds: float) -> int:
 def ssl_context(kafka: Kafka) -> ssl.SSLContext:
     """Return a context that verifies the broker's certificate and host name, and shows our certificate if there is one.
 
+    It follows the files: what replaces them holds from the next connection on.
+
     Raises:
         ConfigError: a file is missing, unreadable, or not what it should be; the text names the setting.
     """
-    context = trusting(kafka.ssl_ca_file, "kafka.ssl_ca_file")
-    if kafka.ssl_cert_file is not None:
-        password = kafka.ssl_key_password.get() if kafka.ssl_key_password else ""
-        try:
-            # A password is always given: without one OpenSSL would ask for it on the terminal.
-            context.load_cert_chain(kafka.ssl_cert_file, kafka.ssl_key_file, lambda: password)
-        except (OSError, ValueError) as error:
-            names = "kafka.ssl_cert_file" if kafka.ssl_key_file is None else "kafka.ssl_cert_file or kafka.ssl_key_file"
-            raise ConfigError(f"{names} cannot be used: {_reason(error)}") from error
-    return context
+    password = kafka.ssl_key_password.get() if kafka.ssl_key_password else ""
+    return identified(kafka.ssl_ca_file, kafka.ssl_cert_file, kafka.ssl_key_file, password, "kafka")
 
 
-def trusting(ca_file: Path | None, setting: str) -> ssl.SSLContext:
-    """Return a context that trusts *ca_file* and nobody else, or the system's authorities where it is None.
-
-    Raises:
-        ConfigError: the file cannot be used; the text names *setting*.
-    """
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting} cannot be used: {_reason(error)}") from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ssl.SSLError):
-        return f"not a PEM file with what is expected, or a wrong password ({error.reason or 'unreadable'})"
-    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+class TokenUnavailable(OSError):
+    """There is no OAuth token to be had; the text says why, and holds no secret."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -226,9 +204,7 @@ class OauthTokens(AbstractTokenProvider):
     def __init__(self, oauth: Oauth, ca_file: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._oauth = oauth
         self._clock = clock
-        context = ssl.create_default_context()
-        if ca_file is not None:
-            context.load_verify_locations(ca_file)
+        context = trusting(ca_file, "kafka.ssl_ca_file", besides_system=True)
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.HTTPSHandler(context=context))
         self._token = ""
         self._renew_at = 0.0
@@ -237,7 +213,7 @@ class OauthTokens(AbstractTokenProvider):
         """Return a token that is good for a while.
 
         Raises:
-            OSError: the endpoint did not give one within :data:`TOKEN_SECONDS_MAX`.
+            TokenUnavailable: the endpoint did not give one within :data:`TOKEN_SECONDS_MAX`.
 
         Cancellation: the request ends by itself in its thread; its token is lost.
         """
@@ -248,7 +224,7 @@ class OauthTokens(AbstractTokenProvider):
                     token, life = await asyncio.to_thread(self._ask)
             except Exception as error:  # noqa: BLE001 - see the class: nothing else may come out of here
                 detail = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-                raise OSError(f"no OAuth token: {detail}") from None
+                raise TokenUnavailable(f"no OAuth token: {detail}") from None
             self._token, self._renew_at = token, asked + life * TOKEN_RENEWAL
         return self._token
 

@@ -47,6 +47,7 @@ from aiokafka.protocol.offset import OffsetRequest
 from consumer.config import MIB, Config
 from consumer.errors import ConfigError, TierstreamError
 from consumer.kafka.connection import RETRY_BACKOFF_MS, admin_settings
+from consumer.kafka.diagnosis import why_unreachable
 from consumer.kafka.topic_ids import TopicIdsRequest, topic_ids
 from consumer.log import get_logger
 
@@ -77,10 +78,19 @@ log = get_logger(__name__)
 
 
 class ClusterUnavailable(TierstreamError):
-    """The brokers cannot be reached, or did not answer in time; trying later may help."""
+    """The brokers cannot be reached, or did not answer in time; trying later may help.
+
+    Args:
+        message: What happened.
+        hint: What can be done about it.
+    """
 
     code = "backend_unavailable"
     retriable = True
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 class ClusterRefusal(TierstreamError):
@@ -157,7 +167,7 @@ class Cluster:
         """Connect to the first broker that answers.
 
         Raises:
-            ClusterUnavailable: none did.
+            ClusterUnavailable: none did; the text says why, as far as one more attempt can tell.
 
         Cancellation: nothing stays open.
         """
@@ -167,8 +177,8 @@ class Cluster:
                 await client.bootstrap()
         except (KafkaError, OSError, TimeoutError) as error:
             await self.close()
-            servers = ", ".join(self._settings["bootstrap_servers"])
-            raise ClusterUnavailable(f"no broker answers at {servers}") from error
+            reason = await why_unreachable(self._settings)
+            raise ClusterUnavailable(reason.text, reason.hint) from error
         except BaseException:
             await self.close()
             raise
@@ -510,8 +520,12 @@ def is_compacted(settings: Mapping[str, str]) -> bool:
     return "compact" in settings.get("cleanup.policy", "")
 
 
-async def inspect_topics(config: Config) -> TopicPlan:
+async def inspect_topics(config: Config, on_failure: Callable[[str], None] | None = None) -> TopicPlan:
     """Wait for the cluster, check its topics, and create missing ones where ``topics.create`` says so.
+
+    Args:
+        config: The configuration.
+        on_failure: Told after each attempt why the cluster could not be reached.
 
     Raises:
         ConfigError: topics are missing, cannot be created, may not be described, or the output topic is compacted
@@ -525,7 +539,10 @@ async def inspect_topics(config: Config) -> TopicPlan:
             async with Cluster(config) as cluster:
                 return await _plan(cluster, config)
         except ClusterUnavailable as error:
-            log.warning("cluster cannot be reached", error=str(error), attempt=failures + 1)
+            hint = {} if error.hint is None else {"hint": error.hint}
+            log.warning("cluster cannot be reached", error=str(error), attempt=failures + 1, **hint)
+            if on_failure is not None:
+                on_failure(str(error))
         except ClusterRefusal as error:
             raise ConfigError(str(error)) from error
         await asyncio.sleep(CONNECT_BACKOFF_SECONDS[min(failures, len(CONNECT_BACKOFF_SECONDS) - 1)])
