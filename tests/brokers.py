@@ -26,7 +26,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -355,33 +355,49 @@ def kafka_jars() -> Path:
     return jars
 
 
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One more listener of Apache Kafka. With a proxy before it, *advertised* is the proxy's port."""
+
+    name: str
+    protocol: str
+    port: int
+    advertised: int
+
+
 @contextmanager
 def maven_broker(
-    folder: Path, settings: Mapping[str, str] | None = None, *, proxied: tuple[int, int] | None = None
+    folder: Path,
+    settings: Mapping[str, str] | None = None,
+    *,
+    proxied: tuple[int, int] | None = None,
+    listeners: Sequence[Listener] = (),
+    java_settings: Sequence[str] = (),
 ) -> Iterator[Broker]:
     """Run Apache Kafka from Maven's jars, one node, with its data in *folder*, and with *settings* of its own.
 
     *proxied* is the port of a second listener, and the port of the proxy before it: who comes through the proxy is told
-    to go on coming through it.
+    to go on coming through it. *listeners* are further ones, and *java_settings* arguments of the virtual machine.
     """
+    if proxied is not None:
+        listeners = [*listeners, Listener("PROXIED", "PLAINTEXT", *proxied)]
     port, controller = unused_port(), unused_port()
     classpath = f"{kafka_jars()}/*"
     log = folder / "kafka.log"
     config = folder / "server.properties"
-    listeners = {
+    places = {
         "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
         "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
+        "listener.security.protocol.map": SINGLE_NODE["listener.security.protocol.map"],
+        "inter.broker.listener.name": "PLAINTEXT",
         "controller.quorum.voters": f"1@127.0.0.1:{controller}",
         "log.dirs": str(folder / "data"),
     }
-    if proxied is not None:
-        listeners["listeners"] += f",PROXIED://127.0.0.1:{proxied[0]}"
-        listeners["advertised.listeners"] += f",PROXIED://127.0.0.1:{proxied[1]}"
-        listeners["listener.security.protocol.map"] = (
-            f"{SINGLE_NODE['listener.security.protocol.map']},PROXIED:PLAINTEXT"
-        )
-        listeners["inter.broker.listener.name"] = "PLAINTEXT"
-    properties = SINGLE_NODE | listeners | dict(settings or {})
+    for listener in listeners:
+        places["listeners"] += f",{listener.name}://127.0.0.1:{listener.port}"
+        places["advertised.listeners"] += f",{listener.name}://127.0.0.1:{listener.advertised}"
+        places["listener.security.protocol.map"] += f",{listener.name}:{listener.protocol}"
+    properties = SINGLE_NODE | places | dict(settings or {})
     config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
     # Short-lived JVMs on few cores: the quick compiler alone and the simplest collector start fastest.
     java = ["java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
@@ -396,7 +412,7 @@ def maven_broker(
     )
     if done.returncode != 0:
         raise BrokerUnavailableError(f"Kafka could not format its folder:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    program = [*java, "-Xmx512m", "-cp", classpath, "kafka.Kafka", str(config)]
+    program = [*java, *java_settings, "-Xmx512m", "-cp", classpath, "kafka.Kafka", str(config)]
     with _running(program, f"127.0.0.1:{port}", log) as node:
         label = f"Apache Kafka {kafka_version()} (Maven)"
         yield Broker("apache", label, f"127.0.0.1:{port}", record_bytes_max=16_000_000, log=log, _node=node)

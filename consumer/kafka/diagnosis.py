@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from aiokafka.conn import AIOKafkaConnection, collect_hosts, create_conn
+from aiokafka.conn import AIOKafkaConnection, collect_hosts
 from aiokafka.errors import (
     IllegalSaslStateError,
     KafkaConnectionError,
@@ -33,6 +33,8 @@ from consumer.kafka.connection import TokenUnavailable
 
 ATTEMPT_SECONDS: Final = 5.0
 """Longest wait for one broker; who diagnoses has waited already."""
+CLOSE_SECONDS: Final = 1.0
+"""Longest wait for the end of a connection: TLS says farewell, and a broker that delays its refusals answers late."""
 
 _CONNECTING: Final = (
     "client_id",
@@ -50,6 +52,14 @@ _NAME_MISMATCH: Final = frozenset({62, 64})
 """OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
 _NOT_YET, _EXPIRED = 9, 10
 """OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
+
+
+class _NoBrokers(ConnectionError):
+    """The answer to the first question names no broker, not even the one that gave it: it is a refusal.
+
+    The client takes the error of OAUTHBEARER, which is a part of the exchange (RFC 7628, 3.2.2), for its success; the
+    broker, which still waits for the end of the exchange, refuses the first question in its stead, and closes.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,29 +81,30 @@ async def why_unreachable(settings: Mapping[str, Any]) -> Reason:
     last = Reason("", "is one of them running, and does kafka.bootstrap_servers name it?", reached=False)
     for host, port, _ in collect_hosts(list(settings["bootstrap_servers"]), randomize=False):
         error = await _attempt(host, port, settings)
-        if error is not None:
-            last = _reason(error, settings)
-            if last.reached:
-                return Reason(f"{host}:{port}: {last.text}", last.hint)
+        if error is None:
+            return Reason(f"{host}:{port} did not answer, and does so now", "try again")
+        last = _reason(error, settings)
+        if last.reached:
+            return Reason(f"{host}:{port}: {last.text}", last.hint)
     detail = f" ({last.text})" if last.text else ""
     return Reason(f"no broker answers at {servers}{detail}", last.hint, reached=False)
 
 
 async def _attempt(host: str, port: int, settings: Mapping[str, Any]) -> Exception | None:
     """Connect, authenticate, ask one question; return what went wrong."""
-    connecting = {name: settings[name] for name in _CONNECTING if name in settings}
-    connection: AIOKafkaConnection | None = None
+    connection = AIOKafkaConnection(host, port, **{name: settings[name] for name in _CONNECTING if name in settings})
     try:
         async with asyncio.timeout(ATTEMPT_SECONDS):
-            connection = await create_conn(host, port, **connecting)
-            # A refused token is told by nothing but the end of the connection at the first question: the client takes
-            # the broker's error, which is a part of the exchange (RFC 7628, 3.2.2), for its success.
-            await connection.send(MetadataRequest([]))
+            await connection.connect()
+            answer = await connection.send(MetadataRequest([]))
+            if not answer.brokers:
+                raise _NoBrokers
     except (OSError, EOFError, KafkaError, TimeoutError) as error:
         return error
     finally:
-        if connection is not None:
-            connection.close()
+        closed = connection.close()
+        if connection._protocol is not None:  # noqa: SLF001 - else there was no connection, and nobody tells of its end
+            await asyncio.wait([closed], timeout=CLOSE_SECONDS)
     return None
 
 
@@ -107,18 +118,19 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _reason(error: Exception, settings: Mapping[str, Any]) -> Reason:
     """Put *error* into words: the first of its causes that says something."""
-    for cause in _causes(error):
+    causes = list(_causes(error))
+    for cause in causes:
         reason = _in_words(cause, settings)
         if reason is not None:
             return reason
-    return Reason(type(error).__name__, "the broker's log may say more")
+    return Reason(type(causes[-1]).__name__, "the broker's log may say more")
 
 
 def _in_words(cause: BaseException, settings: Mapping[str, Any]) -> Reason | None:  # noqa: PLR0911 - a table of cases
     match cause:
         case ssl.SSLCertVerificationError():
             return _of_certificate(cause)
-        case ssl.SSLError() if "ALERT" in (cause.reason or "") or "alert" in str(cause):
+        case ssl.SSLError() if "ALERT" in (cause.reason or str(cause)).upper():
             return _of_alert(cause)
         case ssl.SSLError():
             hint = "does that listener speak TLS? kafka.security_protocol and kafka.bootstrap_servers have to agree"
@@ -144,7 +156,7 @@ def _in_words(cause: BaseException, settings: Mapping[str, Any]) -> Reason | Non
         case ConnectionRefusedError():
             hint = "is one of them running, and does kafka.bootstrap_servers name it?"
             return Reason("connection refused", hint, reached=False)
-        case asyncio.IncompleteReadError() | ConnectionResetError() | BrokenPipeError():
+        case asyncio.IncompleteReadError() | ConnectionResetError() | BrokenPipeError() | _NoBrokers():
             return _of_closing(settings)
         case KafkaConnectionError() if cause.__cause__ is None and cause.__context__ is None:
             return _of_closing(settings)
@@ -178,8 +190,11 @@ def _of_closing(settings: Mapping[str, Any]) -> Reason:
         hint = "audience, issuer, scope and lifetime of the token have to be what the broker expects; its log says why"
         return Reason("the broker refuses the token of kafka.oauth", hint)
     if settings["security_protocol"] == "SSL":
-        hint = "does it ask for a client certificate (kafka.ssl_cert_file), or for SASL (kafka.security_protocol)?"
-        return Reason("the broker closes the connection after the TLS handshake", hint)
+        hint = (
+            "does that listener speak TLS, does it ask for a client certificate (kafka.ssl_cert_file), or for SASL "
+            "(kafka.security_protocol)?"
+        )
+        return Reason("the broker closes the connection", hint)
     hint = "does that listener speak TLS or SASL? kafka.security_protocol and kafka.bootstrap_servers have to agree"
     return Reason("the broker closes the connection", hint)
 

@@ -172,16 +172,20 @@ class Cluster:
         Cancellation: nothing stays open.
         """
         client = self._client = AIOKafkaClient(**self._settings)
+        failure: Exception | None = None
         try:
             async with asyncio.timeout(self._seconds):
                 await client.bootstrap()
         except (KafkaError, OSError, TimeoutError) as error:
-            await self.close()
-            reason = await why_unreachable(self._settings)
-            raise ClusterUnavailable(reason.text, reason.hint) from error
+            failure = error
         except BaseException:
             await self.close()
             raise
+        # One that knows of no broker, not even of the one that answers, was refused without noticing (H33).
+        if failure is not None or not client.cluster.brokers():
+            await self.close()
+            reason = await why_unreachable(self._settings)
+            raise ClusterUnavailable(reason.text, reason.hint) from failure
 
     async def close(self) -> None:
         """Close all connections, waiting :data:`CLOSE_SECONDS` at most. May be called at any time, and twice."""

@@ -149,12 +149,9 @@ def test_what_cannot_be_used_leaves_the_last_good_one_in_use_until_it_can(
     second = Peer(old, old).meet(context)
 
     assert second != first
-    assert [record.getMessage() for record in caplog.records] == [
-        (
-            "changed certificates cannot be used, the last good ones stay error=kafka.ssl_cert_file or kafka.ssl_key_file "
-            "cannot be used: not a PEM file with what is expected, or a wrong password (KEY_VALUES_MISMATCH)"
-        )
-    ]
+    (warned,) = caplog.messages
+    assert "the last good ones stay error=kafka.ssl_cert_file or kafka.ssl_key_file cannot be used" in warned
+    assert "KEY_VALUES_MISMATCH" in warned
 
 
 def test_a_file_that_is_gone_for_a_moment_changes_nothing(ca_file: Path, old: trustme.CA) -> None:

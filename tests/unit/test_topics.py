@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from aiokafka.protocol.offset import OffsetResponse_v3
 from consumer.config import Config
 from consumer.errors import ConfigError
 from consumer.kafka import topics
+from consumer.kafka.diagnosis import Reason
 from consumer.kafka.topics import (
     LATEST,
     Cluster,
@@ -87,6 +88,9 @@ class ScriptedClient:
         if outcome is not None:
             raise outcome
 
+    def brokers(self) -> list[int]:
+        return [1]
+
     async def close(self) -> None:
         self.closed += 1
 
@@ -120,6 +124,11 @@ def client(monkeypatch: pytest.MonkeyPatch) -> ScriptedClient:
     """The client of every Cluster; attempts follow each other at once."""
     scripted = ScriptedClient()
     monkeypatch.setattr(topics, "AIOKafkaClient", scripted)
+
+    async def unknown(given: Mapping[str, Any]) -> Reason:
+        return Reason(f"no broker answers at {given['bootstrap_servers'][0]}", "look", reached=False)
+
+    monkeypatch.setattr(topics, "why_unreachable", unknown)  # it would ask whoever is at that address
     monkeypatch.setattr(topics, "RETRY_BACKOFF_MS", 1)
     monkeypatch.setattr(topics, "CONNECT_BACKOFF_SECONDS", (0.0,))
     return scripted
@@ -197,7 +206,18 @@ class TestAsking:
         """With the addresses that were tried."""
         client.bootstraps = [KafkaConnectionError()]
 
-        with pytest.raises(ClusterUnavailable, match=r"no broker answers at 127\.0\.0\.1:9092"):
+        with pytest.raises(ClusterUnavailable, match=r"no broker answers at 127\.0\.0\.1:9092") as caught:
+            await ask(lambda cluster: cluster.brokers())
+
+        assert (client.closed, caught.value.hint) == (1, "look")
+
+    async def test_a_cluster_without_brokers_is_none(
+        self, client: ScriptedClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """H33: that is what a refused token looks like, to a client that believes itself let in."""
+        monkeypatch.setattr(client, "brokers", list)
+
+        with pytest.raises(ClusterUnavailable, match="no broker answers"):
             await ask(lambda cluster: cluster.brokers())
 
         assert client.closed == 1
