@@ -130,11 +130,11 @@ def _in_words(cause: BaseException, settings: Mapping[str, Any]) -> Reason | Non
     match cause:
         case ssl.SSLCertVerificationError():
             return _of_certificate(cause)
-        case ssl.SSLError() if "ALERT" in (cause.reason or str(cause)).upper():
+        case ssl.SSLError() if "ALERT" in _ssl_reason(cause):
             return _of_alert(cause)
         case ssl.SSLError():
             hint = "does that listener speak TLS? kafka.security_protocol and kafka.bootstrap_servers have to agree"
-            return Reason(f"no TLS connection ({cause.reason or 'protocol error'})", hint)
+            return Reason(f"no TLS connection ({_ssl_reason(cause)})", hint)
         case TokenUnavailable():
             hint = "kafka.oauth names the token endpoint, client_id and client_secret; its own log says why it refuses"
             return Reason(str(cause), hint)
@@ -175,8 +175,13 @@ def _of_certificate(error: ssl.SSLCertVerificationError) -> Reason:
     return Reason(text, "kafka.ssl_ca_file has to hold the authority that has signed the broker's certificate")
 
 
+def _ssl_reason(error: ssl.SSLError) -> str:
+    """Return OpenSSL's name of what happened; errors that are not from there have none."""
+    return getattr(error, "reason", None) or type(error).__name__
+
+
 def _of_alert(error: ssl.SSLError) -> Reason:
-    alert = (error.reason or str(error)).rpartition("ALERT_")[2].replace("_", " ").lower()
+    alert = _ssl_reason(error).rpartition("ALERT_")[2].replace("_", " ").lower()
     hint = (
         "does it ask for a client certificate? kafka.ssl_cert_file and kafka.ssl_key_file have to hold one that the "
         "broker trusts and that has not expired"

@@ -176,7 +176,7 @@ def ask(stage: Stage, records: int = RECORDS) -> None:
     entries = []
     for number in range(records):
         name, partition = f"{CANARY}/{run}/{number}", number % 2
-        texts = {"content_type": f"text/{CANARY}", "filename": CANARY, "custom": {CANARY: CANARY}}
+        texts: dict[str, Any] = {"content_type": f"text/{CANARY}", "filename": CANARY, "custom": {CANARY: CANARY}}
         entries += ledger.operate(
             "insert", name, CANARY.encode(), statuses={201}, key=name.encode(), partition=partition, **texts
         )

@@ -96,15 +96,24 @@ async def test_a_broker_that_is_silent_is_waited_for_within_bounds(monkeypatch: 
     assert not reason.reached
 
 
+def alert(reason: str) -> ssl.SSLError:
+    """An error as OpenSSL makes it."""
+    error = ssl.SSLError(1, f"[SSL: {reason}] in other words")
+    error.reason = reason
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (SaslAuthenticationFailed("for user x"), "refuses the user name or the password"),
-        (ssl.SSLError(1, "[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] x"), "breaks off the TLS handshake"),
+        (alert("TLSV13_ALERT_CERTIFICATE_REQUIRED"), "breaks off the TLS handshake (certificate required)"),
+        (alert("WRONG_VERSION_NUMBER"), "no TLS connection (WRONG_VERSION_NUMBER)"),
+        (ssl.SSLError("unlike OpenSSL's"), "no TLS connection (SSLError)"),
         (OSError("Multiple exceptions: [Errno 111] …, [Errno 101] …"), "Multiple exceptions"),
         (RuntimeError("a secret perhaps"), "RuntimeError"),
     ],
-    ids=["password", "alert", "several addresses", "unknown"],
+    ids=["password", "alert", "no TLS", "no reason", "several addresses", "unknown"],
 )
 def test_what_led_to_an_error_is_what_is_told(error: Exception, words: str) -> None:
     """The client wraps the reason into an error of the connection; what is unknown is named and not shown."""
