@@ -913,6 +913,7 @@ class Assignment:
             "attempts": oldest.attempts,
             "age_seconds": round(oldest.age_seconds, 3),
             "last_error": None if oldest.last_error is None else oldest.last_error.code,
+            "last_error_message": None if oldest.last_error is None else str(oldest.last_error),
         }
 
 

@@ -398,6 +398,8 @@ class OldestState(TypedDict):
     attempts: int
     age_seconds: float
     last_error: str | None
+    """A failure's code; what it says, which is safe to show, is the message."""
+    last_error_message: str | None
 
 
 class PartitionState(TypedDict):

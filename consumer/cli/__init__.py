@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 
-from consumer.cli import development, inspection, ledger, objects, offsets, records, schemas, service
+from consumer.cli import development, inspection, ledger, objects, offsets, records, schemas, service, size
 from consumer.cli.output import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, Failure, complain
 from consumer.errors import ConfigError, TierstreamError
 
@@ -32,6 +32,7 @@ ledger.register(app)
 objects.register(app)
 offsets.register(app)
 schemas.register(app)
+size.register(app)
 development.register(app)
 
 
@@ -45,10 +46,26 @@ def _all_commands(
     del version  # its callback has done everything
 
 
+_WRONG_USAGE: Final[type[Exception]] = typer.BadParameter.__mro__[1]
+"""What typer raises for arguments that cannot be; it has no public name of its own."""
+
+
+def _explain(error: Any) -> None:
+    """Say what is wrong with the arguments; a command that was given none shows its help instead."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    command = "tierstream" if error.ctx is None else error.ctx.command_path
+    complain(error.format_message(), f"`{command} --help` says what there is")
+
+
 def main() -> None:
     """Run the command line and end the process with its exit code; no failure of a known kind shows a trace."""
     try:
-        app()
+        sys.exit(app(prog_name="tierstream", standalone_mode=False))
+    except _WRONG_USAGE as error:
+        _explain(error)
+        sys.exit(EXIT_USAGE)
     except ConfigError as error:
         complain(str(error), "`tierstream config schema` and the README list every setting")
         sys.exit(EXIT_USAGE)

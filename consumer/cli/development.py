@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from consumer.cli.options import AsJson, Bootstrap, ConfigFile, configuration
-from consumer.cli.output import Failure, note, say, say_json
+from consumer.cli.output import Failure, end_on_sigterm, note, say, say_json
 
 if TYPE_CHECKING:
     from consumer.config import Config
@@ -21,9 +19,9 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command()(demo)
-    app.command()(broker)
-    app.command()(bench)
+    app.command(short_help="Try the whole service here, and check each response.")(demo)
+    app.command(short_help="Run the embedded development broker.")(broker)
+    app.command(short_help="Measure the service against a bare client loop.")(bench)
 
 
 def demo(
@@ -58,7 +56,7 @@ def broker(
     from consumer.config import load
 
     with ExitStack() as stack:
-        _end_on_sigterm()
+        end_on_sigterm()
         folder = data_dir or Path(stack.enter_context(TemporaryDirectory(prefix="tierstream-broker-")))
         running = stack.enter_context(DevBroker(folder, port=port))
         settings = load(
@@ -80,15 +78,6 @@ async def _make_topics(settings: Config) -> list[str]:
     async with Cluster(settings) as cluster:
         await ensure_topics(cluster, settings)
     return sorted(needed_topics(settings))
-
-
-def _end_on_sigterm() -> None:
-    """Let SIGTERM end the command as Ctrl-C does, so that the broker is stopped and its folder removed."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
 
 
 def bench(

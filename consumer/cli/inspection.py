@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import select
 import sys
+import termios
 import time
+import tty
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from consumer.cli.options import AsJson, Bootstrap, ConfigFile, Url, configuration
-from consumer.cli.output import Failure, note, say, say_json
+from consumer.cli.output import Failure, end_on_sigterm, note, say, say_json
 from consumer.cli.schemas import opened_registry
 from consumer.cli.service import admin_address, fetch
 
@@ -44,7 +49,7 @@ SLOW_SECONDS: Final = 1.0
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command()(inspect)
+    app.command(short_help="Show one record, decoded, or why it cannot be.")(inspect)
     app.command()(why)
     app.command()(top)
 
@@ -344,7 +349,8 @@ def _operation(oldest: Mapping[str, Any], attempts: int | None) -> str:
         of = f" of {attempts}" if attempts is not None and oldest["attempts"] <= attempts else ""
         parts.append(f"attempt {oldest['attempts']}{of}")
     if oldest["last_error"]:
-        parts.append(oldest["last_error"])
+        said = oldest.get("last_error_message")
+        parts.append(f"{oldest['last_error']}: {said}" if said else oldest["last_error"])
     return ", ".join(parts)
 
 
@@ -359,7 +365,7 @@ def top(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Watch the running service until Ctrl-C. Once, where the output is no terminal or with --json."""
+    """Watch the running service until q or Ctrl-C. Once, where the output is no terminal or with --json."""
     address = admin_address(url, config)
     state = _state_now(address)
     if as_json:
@@ -367,25 +373,28 @@ def top(
         return
     from rich.console import Console
 
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
+    terminal = sys.stdout.isatty()  # and not what FORCE_COLOR says of it: a pipe would be drawn into for ever
+    console = Console(file=sys.stdout, highlight=False, force_terminal=terminal)
+    if not terminal or console.is_dumb_terminal:
         console.print(screen(Sample(state, None, 0.0), rows=len(state["partitions"]), width=console.width))
         return
     _watch(console, address, state, interval)
 
 
 def _watch(console: Any, address: str, state: dict[str, Any], interval: float) -> None:
-    """Show what the service says, until Ctrl-C; a service that is gone is waited for."""
+    """Show what the service says, until q, Ctrl-C or SIGTERM; a service that is gone is waited for."""
     from rich.live import Live
 
     before, asked, trouble = None, time.monotonic(), None
     sample = Sample(state, None, 0.0)
+    end_on_sigterm()
     try:
-        with Live(console=console, screen=True, auto_refresh=False) as live:
+        with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 rows = max(1, console.height - HEAD_LINES)
                 live.update(screen(sample, rows=rows, width=console.width, trouble=trouble), refresh=True)
-                time.sleep(interval)
+                if _quit(pressed, interval):
+                    return
                 try:
                     before, state, last, asked = state, _state(address), asked, time.monotonic()
                     sample, trouble = Sample(state, before, asked - last), None
@@ -393,6 +402,35 @@ def _watch(console: Any, address: str, state: dict[str, Any], interval: float) -
                     trouble = str(error)
     except KeyboardInterrupt:
         return  # the way to end it
+
+
+@contextmanager
+def _keys() -> Iterator[int | None]:
+    """Have keys arrive one by one and unseen; yield where from, None where nobody can press any."""
+    if not sys.stdin.isatty():
+        yield None
+        return
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    try:
+        tty.setcbreak(keyboard)
+        yield keyboard
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+def _quit(keyboard: int | None, seconds: float) -> bool:
+    """Wait for so many seconds; at once True where q is pressed meanwhile. Other keys say nothing."""
+    deadline = time.monotonic() + seconds
+    if keyboard is None:
+        time.sleep(seconds)
+        return False
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([keyboard], [], [], left)[0]:
+            pressed = os.read(keyboard, 64)
+            if not pressed or b"q" in pressed.lower():  # nothing: the terminal is gone
+                return True
+    return False
 
 
 HEAD_LINES: Final = 6

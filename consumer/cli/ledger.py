@@ -31,8 +31,8 @@ timestamps by clocks of their own."""
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command()(verify)
-    app.command()(replay)
+    app.command(short_help="Check that every record has exactly one response.")(verify)
+    app.command(short_help="Put records, or dead letters, back on their input.")(replay)
 
 
 def position(option: str, text: str) -> Position:

@@ -60,12 +60,12 @@ _Found = TypeVar("_Found")
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     storage = typer.Typer(help="Objects without the service: look, remove, check, clean up.", no_args_is_help=True)
-    storage.command("init")(init)
-    storage.command("verify")(verify)
-    storage.command("get")(get)
+    storage.command("init", short_help="Make what storage needs, and say what it cannot make.")(init)
+    storage.command("verify", short_help="Look for orphans and dangling tombstones.")(verify)
+    storage.command("get", short_help="Write an object's payload to stdout.")(get)
     storage.command("head")(head)
-    storage.command("rm")(rm)
-    storage.command("recover")(recover)
+    storage.command("rm", short_help="Remove an object, as the service would.")(rm)
+    storage.command("recover", short_help="Clean up what dead processes have left.")(recover)
     app.add_typer(storage, name="storage")
 
 

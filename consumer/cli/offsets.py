@@ -14,12 +14,14 @@ from consumer.cli.output import EXIT_USAGE, Failure, confirm, note, say, say_jso
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     offset_map = typer.Typer(
-        help="What the group has finished above its committed offsets, and will not run again.", no_args_is_help=True
+        help="What the group has finished above its committed offsets, and will not run again.",
+        short_help="What is finished above the committed offsets.",
+        no_args_is_help=True,
     )
-    offset_map.command("show")(show)
+    offset_map.command("show", short_help="Show the stored offset map of every partition.")(show)
     offset_map.command("clear")(clear)
     app.add_typer(offset_map, name="offset-map")
-    app.command("reset-offsets")(reset_offsets)
+    app.command("reset-offsets", short_help="Let the group go on elsewhere.")(reset_offsets)
 
 
 # ------------------------------------------------------------------------------------------------- offset-map

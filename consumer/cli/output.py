@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any, Final
 
 EXIT_FAILURE: Final = 1
@@ -13,6 +16,9 @@ EXIT_USAGE: Final = 2
 """Wrong arguments or configuration."""
 EXIT_INTERRUPTED: Final = 130
 """Ended by Ctrl-C, as a shell reports it."""
+
+TEXT_COLUMNS_MIN: Final = 8
+"""Characters of a cut text that are left: fewer say nothing."""
 
 
 class Failure(Exception):
@@ -68,14 +74,58 @@ def confirm(question: str, *, yes: bool) -> None:
         raise Failure("nothing was changed")
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end the command as Ctrl-C does, so that what it has begun is put away: a broker, a terminal."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 def say_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows under their columns, numbers to the right; nothing known is a dash."""
+    """Print rows under their columns, numbers to the right; nothing known is a dash.
+
+    On a terminal that is too narrow for that, names of columns are broken at their underscores, then the longest texts
+    are cut: lines that wrap are no table. What goes into a pipe is never changed.
+    """
     cells = [["-" if row[column] is None else str(row[column]) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     numeric = [all(isinstance(row[column], int | None) for row in rows) for column in columns]
-    for line in [list(columns), *cells]:
+    head = [list(columns)]
+    space = _terminal_columns()
+    if space is not None and _width([*head, *cells]) > space:
+        parts = [column.split("_") for column in columns]
+        height = max(map(len, parts))
+        head = [[*([""] * (height - len(part))), *part] for part in parts]
+        head = [list(line) for line in zip(*head, strict=True)]
+        _shorten(head, cells, numeric, space)
+    widths = [max(map(len, column)) for column in zip(*head, *cells, strict=True)]
+    for line in [*head, *cells]:
         padded = (
             cell.rjust(width) if right else cell.ljust(width)
             for cell, width, right in zip(line, widths, numeric, strict=True)
         )
         say("  ".join(padded).rstrip())
+
+
+def _terminal_columns() -> int | None:
+    """Return how wide the terminal is that data goes to; None where it goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) for column in zip(*lines, strict=True)) + 2 * (len(lines[0]) - 1)
+
+
+def _shorten(head: list[list[str]], cells: list[list[str]], numeric: Sequence[bool], space: int) -> None:
+    """Cut texts, of the widest column first, until a line has *space*; numbers stay, as a part of one is another."""
+    while (over := _width([*head, *cells]) - space) > 0:
+        columns = zip(*cells, strict=True)
+        widths = [0 if right else max(map(len, column)) for column, right in zip(columns, numeric, strict=True)]
+        widest = max(range(len(widths)), key=widths.__getitem__)
+        kept = max(TEXT_COLUMNS_MIN, widths[widest] - over)
+        if kept >= widths[widest]:
+            return
+        for line in cells:
+            if len(line[widest]) > kept:
+                line[widest] = line[widest][: kept - 1] + "…"

@@ -27,7 +27,7 @@ LINE_BYTES_MAX: Final = 64 * 1024 * 1024
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(produce)
-    app.command()(tail)
+    app.command(short_help="Show responses as JSON lines.")(tail)
     app.command()(lag)
 
 

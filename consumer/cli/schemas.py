@@ -56,8 +56,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     schema = typer.Typer(help="Schemas, compatibility between two of them, registration.", no_args_is_help=True)
     schema.command("show")(show)
-    schema.command("check")(check)
-    schema.command("register")(register_schema)
+    schema.command("check", short_help="Say whether two schemas understand each other.")(check)
+    schema.command("register", short_help="Register a schema of this release.")(register_schema)
     app.add_typer(schema, name="schema")
 
 

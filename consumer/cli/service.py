@@ -220,10 +220,11 @@ def _yaml_lines(settings: Config, tree: Mapping[str, Any], *, origin: bool) -> I
         yield f"{line}  # {settings.origin('.'.join(path))}" if origin else line
 
 
-def config_schema() -> None:
+def config_schema(as_json: AsJson = False) -> None:
     """Print the JSON Schema of the configuration file."""
     from consumer.config import json_schema
 
+    del as_json  # it is JSON in any case
     say_json(json_schema())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -10,7 +11,9 @@ from brokers import Broker
 from ledger import Entry
 from outages import locked
 from sabotage import sabotage
+from service_process import ServiceProcess, command_line
 from stages import SetStage, Stage
+from terminal import Terminal, tierstream
 
 RETRY = {"attempts": 2, "initial": "20ms", "max": "200ms"}
 
@@ -37,6 +40,23 @@ def answered_at_all(stage: Stage, entries: list[Entry]) -> int:
     """How many of *entries* have a response once everything on the output topic is read."""
     stage.ledger.read_all()
     return stage.ledger.answered(entries)
+
+
+def _on_call_is_told(stage: Stage, service: ServiceProcess) -> None:
+    """`why` and `top`, in a terminal: which offset each partition waits for, since when, why, and how often tried."""
+    said = command_line("why", "--url", service.admin, cwd=stage.folder)
+    assert said.returncode == 0, said.stderr
+    for number, line in enumerate(said.stdout.splitlines()):
+        assert re.fullmatch(
+            rf"partition {stage.ledger.input}/{number} waits for offset 10 "
+            r"\(insert [0-9a-f]{16}, \d+\.\d s, attempt \d+, (backend_unavailable|timeout): .+\); "
+            "storage is unavailable; operations are tried again until it is back",
+            line,
+        ), line
+    with Terminal(tierstream("top", "--url", service.admin, "--interval", "0.2"), stage.folder) as terminal:
+        terminal.wait(lambda text: text.count("storage_unavailable") == 2, "both partitions and their reason")
+        terminal.press("q")
+        assert terminal.wait_end() == 0
 
 
 @pytest.mark.slow
@@ -66,6 +86,7 @@ def test_by_default_an_outage_pauses_and_nothing_fails(embedded: Broker, set_sta
         )
         state, metrics, ready = service.state(), service.metrics(), service.get("/readyz")
 
+        _on_call_is_told(stage, service)
         assert answered_at_all(stage, during) == 0
         assert sum(stage.ledger.committed(stage.group).values()) == 20
         assert state["storage"]["blocked"]

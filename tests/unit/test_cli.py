@@ -110,7 +110,9 @@ class TestGeneral:
         said = tierstream(*arguments)
 
         assert (said.code, said.out) == (2, "")
-        assert "Error" in said.err
+        assert said.err.startswith("error: ")
+        command = " ".join(["tierstream", *arguments[:1]]) if arguments != ["nonsense"] else "tierstream"
+        assert said.err.splitlines()[-1] == f"hint: `{command} --help` says what there is"
         assert "\x1b" not in said.err
 
     def test_a_wrong_configuration_is_exit_2_with_every_problem_and_a_hint(self, tierstream: Tierstream) -> None:

@@ -286,6 +286,19 @@ class TestWords:
                 "waits for offset 1842 (insert 0123456789abcdef, 0.0 s, attempt 9); storage is unavailable",
                 id="two reasons",
             ),
+            pytest.param(
+                entry(
+                    oldest=oldest(
+                        age_seconds=14.23,
+                        attempts=3,
+                        last_error="backend_unavailable",
+                        last_error_message="Bigtable: UNAVAILABLE",
+                    )
+                ),
+                "waits for offset 1842 (insert 0123456789abcdef, 14.2 s, attempt 3 of 3, "
+                "backend_unavailable: Bigtable: UNAVAILABLE)",
+                id="in storage's own words",
+            ),
             pytest.param(entry(paused_for=["out_of_range"]), "committed offset 1842 is no longer", id="out of range"),
             pytest.param(entry(paused_for=["something_new"]), "is paused; something new", id="a reason yet unknown"),
         ],

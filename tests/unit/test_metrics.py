@@ -85,6 +85,7 @@ def a_partition(partition: int = 0, **changes: Any) -> PartitionState:
         "attempts": 2,
         "age_seconds": 1.5,
         "last_error": CANARY,
+        "last_error_message": CANARY,
     }
     state: PartitionState = {
         "topic": "operations",
