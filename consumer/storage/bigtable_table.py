@@ -153,7 +153,7 @@ def vendor() -> Any:
 
 
 @cache
-def messages() -> Any:
+def wire_kinds() -> Any:
     """Return the kinds of messages that requests are made of: protocol buffers, without the client's own layer.
 
     The client has to be installed.
@@ -200,7 +200,7 @@ def transport() -> Any:
 
 def columns(pattern: bytes) -> Filter:
     """Let the newest cell of each column pass whose whole qualifier matches *pattern*, in any family."""
-    make = messages().Filter
+    make = wire_kinds().Filter
     return _all_of(make(column_qualifier_regex_filter=pattern), make(cells_per_column_limit_filter=1))
 
 
@@ -213,7 +213,7 @@ def cell(
     above: bytes | None = None,
 ) -> Filter:
     """Let the cells of one column pass, those not older than *since* (microseconds) and holding *value*, or above."""
-    kinds = messages()
+    kinds = wire_kinds()
     make = kinds.Filter
     column = kinds.ColumnRange(
         family_name=family, start_qualifier_closed=qualifier, end_qualifier_closed=qualifier
@@ -230,7 +230,7 @@ def cell(
 
 def any_of(*parts: Filter) -> Filter:
     """Let pass what one of *parts* does."""
-    kinds = messages()
+    kinds = wire_kinds()
     return kinds.Filter(interleave=kinds.Any(filters=parts))
 
 
@@ -240,7 +240,7 @@ def first_is(qualifier: bytes, *parts: Filter) -> Filter:
     The columns of a family are sorted by qualifier; the order of families is not defined. So this is "and not": the
     column *qualifier* passes, unless one of the other parts lets an earlier column of the same family pass.
     """
-    make = messages().Filter
+    make = wire_kinds().Filter
     return _all_of(
         any_of(*parts), make(cells_per_row_limit_filter=1), make(column_qualifier_regex_filter=qualifier)
     )
@@ -248,18 +248,18 @@ def first_is(qualifier: bytes, *parts: Filter) -> Filter:
 
 def without_value(part: Filter) -> Filter:
     """Let pass what *part* does, with empty values."""
-    return _all_of(part, messages().Filter(strip_value_transformer=True))
+    return _all_of(part, wire_kinds().Filter(strip_value_transformer=True))
 
 
 def _all_of(*parts: Filter) -> Filter:
     """Let pass what each of *parts* does, one after the other; two at least."""
-    kinds = messages()
+    kinds = wire_kinds()
     return kinds.Filter(chain=kinds.All(filters=parts))
 
 
 def set_cell(family: str, qualifier: bytes, value: bytes, micros: int) -> Change:
     """Write a cell; *micros* is a multiple of 1,000."""
-    make = messages().Mutation
+    make = wire_kinds().Mutation
     return make(
         set_cell=make.SetCell(family_name=family, column_qualifier=qualifier, timestamp_micros=micros, value=value)
     )
@@ -267,19 +267,19 @@ def set_cell(family: str, qualifier: bytes, value: bytes, micros: int) -> Change
 
 def delete_family(family: str) -> Change:
     """Remove all cells of a family from the row."""
-    make = messages().Mutation
+    make = wire_kinds().Mutation
     return make(delete_from_family=make.DeleteFromFamily(family_name=family))
 
 
 def delete_column(family: str, qualifier: bytes) -> Change:
     """Remove all cells of a column from the row."""
-    make = messages().Mutation
+    make = wire_kinds().Mutation
     return make(delete_from_column=make.DeleteFromColumn(family_name=family, column_qualifier=qualifier))
 
 
 def delete_row() -> Change:
     """Remove all cells of the row."""
-    make = messages().Mutation
+    make = wire_kinds().Mutation
     return make(delete_from_row=make.DeleteFromRow())
 
 
@@ -379,7 +379,7 @@ class BigtableTable:
     ) -> Check:
         """Write *matched* if *predicate* lets a cell of the row pass, else *unmatched*, atomically."""
         attempts = 0
-        request = messages().CheckAndMutate(
+        request = wire_kinds().CheckAndMutate(
             table_name=self._path,
             app_profile_id=self._name.app_profile,
             row_key=row_key,
@@ -397,7 +397,7 @@ class BigtableTable:
 
     async def mutate(self, row_key: bytes, changes: Sequence[Change]) -> None:
         """Write to a row, atomically and whatever it holds."""
-        request = messages().Mutate(
+        request = wire_kinds().Mutate(
             table_name=self._path, app_profile_id=self._name.app_profile, row_key=row_key, mutations=changes
         )
         await self._request(lambda connection: connection.mutate_row(request))
@@ -664,7 +664,7 @@ class _Line:
     __slots__ = ("channel", "check_and_mutate", "mutate", "on_the_way")
 
     def __init__(self, channel: Any) -> None:
-        kinds, service = messages(), "/google.bigtable.v2.Bigtable/"
+        kinds, service = wire_kinds(), "/google.bigtable.v2.Bigtable/"
         self.channel = channel
         self.check_and_mutate = channel.unary_unary(
             service + "CheckAndMutateRow", kinds.CheckAndMutate.SerializeToString, kinds.Checked.FromString

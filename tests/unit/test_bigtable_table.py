@@ -30,8 +30,8 @@ from consumer.storage.bigtable_table import (
     _Connection,
     _Writes,
     delete_row,
-    messages,
     vendor,
+    wire_kinds,
 )
 from consumer.storage.factory import make_change_log, make_high_volume
 
@@ -210,7 +210,7 @@ async def writes_held() -> AsyncIterator[tuple[WritesHeld, _Writes]]:
 
 def a_write() -> Any:
     """Return a conditional write, as it is sent."""
-    return messages().CheckAndMutate(table_name="t", row_key=b"k", true_mutations=[delete_row()])
+    return wire_kinds().CheckAndMutate(table_name="t", row_key=b"k", true_mutations=[delete_row()])
 
 
 async def test_writes_fill_one_connection_before_they_use_the_next(writes_held: tuple[WritesHeld, _Writes]) -> None:
