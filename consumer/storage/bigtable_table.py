@@ -361,7 +361,7 @@ class BigtableTable:
     """
 
     def __init__(self, name: TableName, families: Mapping[str, bool]) -> None:
-        for load in (vendor, messages, transport):  # now, as importing blocks
+        for load in (vendor, wire_kinds, transport):  # now, as importing blocks
             load()
         self._name = name
         self._families = families
