@@ -92,6 +92,20 @@ asyncio.run(main())
 """
 
 
+SWAPS = f"""{IMPORTS}
+async def main():
+    backend = SqliteBackend(folder + "/objects.sqlite")
+    shared = ObjectId(ObjectContext("shared"), "row")
+    while True:
+        row = await backend.head_tiered(shared)
+        number = 0 if row is None else int(row.target.name.partition("-")[2])
+        write = Tombstone(Revision(f"{{name}}-{{number + 1}}"), Metadata())
+        if await backend.compare_and_write(shared, None if row is None else row.target, write):
+            acknowledged(str(number + 1))
+asyncio.run(main())
+"""
+
+
 class Child:
     """A process that writes, and what it has said so far."""
 
@@ -162,6 +176,19 @@ async def test_two_processes_share_a_file_and_one_survives_the_others_death(tmp_
         for number in writing.acknowledged:
             assert await backend.get_tiered(ObjectId(ObjectContext(name), str(number))) is not None
     await backend.close()
+
+
+async def test_of_two_processes_that_swap_a_row_only_one_wins_each_time(tmp_path: Path) -> None:
+    """HV-5, HV-7: the file's lock makes a compare-and-swap one step across processes."""
+    async with child(SWAPS, tmp_path, "one") as one, child(SWAPS, tmp_path, "other") as other:
+        await asyncio.gather(one.read(25), other.read(25))
+        await one.kill()
+        await other.kill()
+
+    won = sorted(one.acknowledged + other.acknowledged)
+    assert len(set(won)) == len(won), "a swap was won twice"
+    missing = set(range(1, won[-1] + 1)) - set(won)
+    assert len(missing) <= 2, "a kill may come between a swap and saying so, and nothing else may be lost"
 
 
 async def test_every_recorded_change_can_be_recovered_after_a_kill(tmp_path: Path) -> None:
