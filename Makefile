@@ -58,8 +58,8 @@ bench-peers: $(VENV)/.dev-ready ## compare with other Kafka consumers, given the
 	@echo "==> comparing with the peers"
 	PYTHONPATH=tests $(PY) tests/peers/bench.py --source $(PEERS) $(BENCH_ARGS)
 
-soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_KILLS (500), SOAK_STORM_MINUTES (20), SOAK_MINUTES (20), SOAK_SEED
-	@echo "==> soaking: kills, a storm of rebalances, everything mixed"
+soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_OPERATIONS (10000000), SOAK_KILLS (500), SOAK_STORM_MINUTES, SOAK_MINUTES (20), SOAK_SEED
+	@echo "==> soaking: the storage's model, kills, a storm of rebalances, everything mixed"
 	$(PY) tests/soak.py
 
 clean: ## remove the environment, caches and build products

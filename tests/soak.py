@@ -1,6 +1,13 @@
-"""``make soak``: fleets under faults for as long as asked, from one printed seed; fails where anything was wrong.
+"""``make soak``: faults for as long as asked, from one printed seed; fails where anything was wrong.
 
-Three parts, each in episodes on topics of their own and on one Apache Kafka, at-least-once and exactly-once in turn:
+First the storage alone, without a broker:
+
+operations
+    A model of members that write the same objects, in memory, in all processors (`storage_model.py`):
+    ``SOAK_OPERATIONS`` (10,000,000).
+
+Then fleets, in three parts, each in episodes on topics of their own and on one Apache Kafka, at-least-once and
+exactly-once in turn:
 
 kills
     One member, killed again and again: ``SOAK_KILLS`` (500).
@@ -25,11 +32,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import chaos_plan
+import storage_model
 from brokers import Broker, maven_broker
 from chaos_plan import Plan
 from fleet import Fleet, fleet_stage
@@ -44,6 +53,7 @@ SURVIVOR = 99
 """The place of the member to which nothing is done, in the mixed part."""
 
 MUST_HAPPEN = {
+    "operations": ("before", "after", "late", "killed", "taken for dead", "refused", "called off"),
     "kills": (
         "kills with work left",
         "kills of a member at work",
@@ -106,6 +116,19 @@ def in_episodes(seconds: float) -> list[float]:
     return [seconds / pairs / 2] * (2 * pairs)
 
 
+def play_operations(part: Part, seed: int) -> None:
+    """Play the storage's model."""
+    operations = int(os.environ.get("SOAK_OPERATIONS") or 10_000_000)
+    say(f"\n==> operations: {operations} on a storage in memory")
+    began = time.monotonic()
+    try:
+        part.happened.update(storage_model.soak(operations, seed))
+    except Exception as error:  # noqa: BLE001 - whatever it was, the other parts can still tell something
+        part.wrong.append(f"{error!r}, {', '.join(getattr(error, '__notes__', ()))}")
+        say(f"WRONG: {type(error).__name__}: {error}")
+    say(f"--- {time.monotonic() - began:.0f} s")
+
+
 def play(part: Part, number: int, seed: int, broker: Broker, folder: Path) -> None:
     """Play one episode and remember what it has shown; the folder of one without fault is removed."""
     delivery = DELIVERIES[number % 2]
@@ -146,11 +169,17 @@ def main() -> int:
     say(f"SOAK_SEED={seed} repeats this")
     folder = Path(tempfile.mkdtemp(prefix="tierstream-soak-"))
     (folder / "broker").mkdir()
-    played = list(parts())
-    with maven_broker(folder / "broker") as broker:
-        for part in played:
+    played: list[Part] = []
+    if os.environ.get("SOAK_OPERATIONS") != "0":
+        played.append(Part("operations", [], partitions=0))
+        play_operations(played[0], seed)
+    fleets = list(parts())
+    played += fleets
+    with maven_broker(folder / "broker") if fleets else nullcontext() as broker:
+        for part in fleets:
             for number in range(len(part.episodes)):
                 own = random.Random(f"{seed}/{part.name}/{number}").randrange(10**6)
+                assert broker is not None
                 play(part, number, own, broker, folder / f"{part.name}-{number}")
     wrong = [f"{part.name}, {text}" for part in played for text in part.wrong]
     for part in played:

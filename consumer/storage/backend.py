@@ -264,7 +264,8 @@ class Change:
     """The revision this change replaces, if any."""
     not_before: datetime | None = None
     """The earliest time of its clean-up, by the wall clock. Set once the change is settled: nobody works on it any
-    more, and the revisions it still names are only kept for readers that were referred to them."""
+    more, and the revisions it still names are kept for readers that were referred to them, or looked at again when no
+    swap can arrive any more."""
 
 
 class ChangeLog(Protocol):

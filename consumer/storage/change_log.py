@@ -22,6 +22,9 @@ revision too many: the new one if the swap failed, the old one if it succeeded. 
      what the row points to, so it is current. Done: no swap can bring it back, whoever is still about to send one; the
      row is read, and what it points to, if anything, is current (LOG-10).
 2. Remove the old revision if it is not current, the new one if it is not current, then the entry.
+   * The old one is current, nobody knows what became of the swap, and it has no new one that could be forbidden: it
+     may still arrive, from a request that timed out or a process that was paused. The entry is recorded again, to be
+     looked at when no swap is that late any more (:data:`~consumer.storage.metadata.FORBIDDEN_FOR`).
    * Readers may have been referred to one of them (a retention is set, and a row may have pointed to it): the entry is
      recorded again, naming only what is kept, to be cleaned up when the retention is over. From then on it is nobody's:
      the recovery of whichever process lives at that time removes it, so that waiting costs neither tasks nor memory,
@@ -62,6 +65,7 @@ from typing import TYPE_CHECKING, Self
 from consumer.errors import TierstreamError
 from consumer.log import get_logger
 from consumer.storage.backend import Change, ChangeLog, HighVolumeBackend, LongTermBackend, Revision, Tombstone
+from consumer.storage.metadata import FORBIDDEN_FOR
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -370,11 +374,15 @@ class Changes:
             if self._retention is not None and kept:
                 new = change.new if change.new in kept else None
                 old = change.old if change.old in kept else None
-                await self.log.record(
-                    Change(change.change_id, change.object_id, new, old, self._clock() + self._retention)
-                )
+                await self._postpone(change, new, old, self._retention)
+            elif self._may_be_swapped_late(change, phase, current):
+                await self._postpone(change, None, change.old, FORBIDDEN_FOR)
             else:
                 await self.log.remove(change.change_id)
+
+    async def _postpone(self, change: Change, new: Revision | None, old: Revision | None, wait: timedelta) -> None:
+        """Let the entry name *new* and *old* from now on, and be nobody's until *wait* is over."""
+        await self.log.record(Change(change.change_id, change.object_id, new, old, self._clock() + wait))
 
     def _may_be_read(self, change: Change, phase: ChangePhase, revision: Revision) -> bool:
         """Tell whether somebody may still read *revision*, no longer current, because a response has referred to it."""
@@ -382,6 +390,15 @@ class Changes:
             return False
         # The swap to the new one was never sent, or refused: no reader has seen it.
         return revision is not change.new or phase not in {ChangePhase.RECORDED, ChangePhase.LOST}
+
+    @staticmethod
+    def _may_be_swapped_late(change: Change, phase: ChangePhase, current: Revision | None) -> bool:
+        """Tell whether a swap of *change* may still come and leave its old revision, current by now, to nobody.
+
+        One to a new revision is forbidden; one to something inline, or to nothing, has no name to forbid it by.
+        """
+        unknown = phase in {ChangePhase.WRITTEN, ChangePhase.RECOVERED} and change.not_before is None
+        return unknown and change.new is None and change.old is not None and change.old == current
 
     async def _current(self, change: Change, phase: ChangePhase) -> Revision | None:
         """Tell which revision the row points to, if any, now and for any swap of *change* still on its way (LOG-8)."""

@@ -14,7 +14,7 @@ is left over in the long-term tier.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from random import Random
 from typing import Any, cast
 
@@ -26,8 +26,11 @@ from consumer.ids import ObjectContext, ObjectId
 from consumer.operations import DEFAULT_METADATA, Position
 from consumer.storage.backend import Tombstone
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
+from consumer.storage.metadata import FORBIDDEN_FOR
 from consumer.storage.tiered import TieredStorage
 from failures import Away, revisions, tombstones
+from storage_model import Clock
+from weather import Unreliable, Weather
 
 CONTEXT = ObjectContext("simulation")
 THRESHOLD = 8
@@ -43,62 +46,21 @@ LOOP_TURNS = 15
 """More than lie between two calls to a backend."""
 
 
-class Weather:
-    """Which call to a backend goes on next, and what befalls it."""
+class StepByStep(Weather):
+    """Which call to a backend goes on next is drawn too."""
 
     def __init__(self, random: Random) -> None:
-        self.random = random
+        super().__init__(random, FAILING)
         self.waiting: list[asyncio.Future[None]] = []
-        self.late: list[Callable[[], Awaitable[Any]]] = []
-        """Requests on their way whose callers were told that they had failed."""
-        self.failing = FAILING
-        self.happened: set[str] = set()
 
-    async def turn(self) -> None:
+    async def before(self) -> None:
         """Wait to be the next."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting.append(turn)
         await turn
 
-    def fault(self, *kinds: str) -> str:
-        """Draw what befalls a call."""
-        if self.random.random() >= self.failing:
-            return "none"
-        kind = self.random.choice(kinds)
-        self.happened.add(kind)
-        return kind
-
-
-class Stepwise:
-    """A backend whose every call is a step."""
-
-    def __init__(self, backend: object, weather: Weather) -> None:
-        self._backend = backend
-        self._weather = weather
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._backend, name)
-        if name in {"join", "close", "owner"}:
-            return method
-
-        async def call(*given: Any) -> Any:
-            weather = self._weather
-            await weather.turn()
-            # Not a swap to something inline: arriving after its clean-up it leaves a revision, and harms no object.
-            writes = name in {"put_non_tombstone", "delete_non_tombstone"} or (
-                name == "compare_and_write" and isinstance(given[2], Tombstone)
-            )
-            fault = weather.fault("before", "after", "late") if writes else weather.fault("before", "after")
-            if fault == "late":
-                weather.late.append(lambda: method(*given))
-            if fault in {"before", "late"}:
-                raise Away("away")
-            answer = await method(*given)
-            if fault == "after":
-                raise Away("answer lost")
-            return answer
-
-        return call
+    async def after(self) -> None:
+        """Hear at once: what others do before is drawn where they begin."""
 
 
 class Simulation:
@@ -106,9 +68,10 @@ class Simulation:
 
     def __init__(self, seed: int, *, fenced: bool = True) -> None:
         self.random = Random(seed)
-        self.weather = Weather(self.random)
+        self.weather = StepByStep(self.random)
+        self.clock = Clock()
         self.fenced = fenced
-        self.high_volume, self.long_term = MemoryBackend(), MemoryBackend()
+        self.high_volume, self.long_term = MemoryBackend(clock=self.clock), MemoryBackend(clock=self.clock)
         self.logs: list[MemoryChangeLog] = []
         self.storages: list[TieredStorage] = []
         self.records = [
@@ -130,7 +93,10 @@ class Simulation:
         try:
             await self._play()
         finally:
-            await self._drain()
+            self.weather.failing = 0.0
+            await self._let_go_on(*self.members, *(storage.join() for storage in self.storages))
+        self.clock.advance(FORBIDDEN_FOR.total_seconds() + 1)
+        await self._let_go_on(*(storage.recover() for storage in self.storages))
         self._judge()
 
     async def _play(self) -> None:
@@ -144,16 +110,15 @@ class Simulation:
             if random.random() < 0.02 and len(self.members) < MEMBERS_MAX:
                 self._take_over(random.randrange(PARTITIONS))
             elif weather.late and (random.random() < 0.1 or not weather.waiting):
-                request = weather.late.pop(random.randrange(len(weather.late)))
-                await asyncio.gather(request(), return_exceptions=True)
+                late = weather.late.pop(random.randrange(len(weather.late)))
+                await asyncio.gather(late.arrive(), return_exceptions=True)
             elif weather.waiting:
                 weather.waiting.pop(random.randrange(len(weather.waiting))).set_result(None)
         raise AssertionError("no end to it")
 
-    async def _drain(self) -> None:
+    async def _let_go_on(self, *works: Awaitable[Any]) -> None:
         """Let everybody come to an end, clean-ups too."""
-        self.weather.failing = 0.0
-        ends = asyncio.gather(*self.members, *(storage.join() for storage in self.storages))
+        ends = asyncio.gather(*works)
         while not ends.done():
             await _settled()
             while self.weather.waiting:
@@ -174,12 +139,13 @@ class Simulation:
         finished = self.finished[partition]
         watermark = next(offset for offset in range(RECORDS + 1) if offset not in finished)
         start = self.random.randint(0, watermark)
-        log = MemoryChangeLog()
+        log = MemoryChangeLog(clock=self.clock)
         storage = TieredStorage(
-            cast("Any", Stepwise(self.high_volume, self.weather)),
-            cast("Any", Stepwise(self.long_term, self.weather)),
-            cast("Any", Stepwise(log, self.weather)),
+            cast("Any", Unreliable(self.high_volume, self.weather)),
+            cast("Any", Unreliable(self.long_term, self.weather)),
+            cast("Any", Unreliable(log, self.weather)),
             THRESHOLD,
+            clock=self.clock,
         )
         storage.changes._delay = lambda _failed: 0.0
         self.logs.append(log)

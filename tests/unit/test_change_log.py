@@ -26,6 +26,7 @@ from consumer.storage.change_log import (
     cleanup_delay,
 )
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
+from consumer.storage.metadata import FORBIDDEN_FOR
 from consumer.storage.revision import new_revision, uuid7
 from failures import (
     Away,
@@ -321,6 +322,46 @@ class TestALateSwap:
             await high_volume.compare_and_write(OBJECT, OLD, Tombstone(NEW, DEFAULT_METADATA))
 
         await assert_nothing_left_over(high_volume, long_term, log)
+
+    @pytest.mark.parametrize("phase", [ChangePhase.WRITTEN, ChangePhase.RECOVERED])
+    @pytest.mark.parametrize("arrives", [True, False])
+    async def test_to_no_revision_is_waited_for_by_the_entry(self, phase: ChangePhase, *, arrives: bool) -> None:
+        """It has no name to be forbidden by. The entry is looked at again when no swap is that late any more."""
+        clock = Clock()
+        high_volume, long_term = MemoryBackend(clock=clock), MemoryBackend(clock=clock)
+        log = MemoryChangeLog(clock=clock)
+        changes = Changes(log, high_volume, long_term, delay=at_once, clock=clock)
+        await upload(long_term, OLD)
+        await point(high_volume, OLD)
+        mine = change(None, OLD)
+        await log.record(mine)
+        changes.clean_up(mine, phase)
+        await changes.join()
+        (entry,) = log._changes.values()
+        assert (entry.change_id, entry.new, entry.old) == (mine.change_id, None, OLD)
+        assert await log.count() == 0, "nobody's work until then"
+
+        if arrives:
+            assert await high_volume.compare_and_write(OBJECT, OLD, InlineObject(DEFAULT_METADATA, b""))
+            assert revisions(long_term) == {OLD.name}
+        clock.advance(FORBIDDEN_FOR.total_seconds())
+        assert await changes.recover() == 1
+        await changes.join()
+
+        assert not log._changes
+        assert revisions(long_term) == (set() if arrives else {OLD.name})
+
+    async def test_that_is_known_to_have_failed_is_not_waited_for(self) -> None:
+        changes, high_volume, long_term, log = make()
+        await upload(long_term, OLD)
+        await point(high_volume, OLD)
+        for phase in (ChangePhase.RECORDED, ChangePhase.LOST, ChangePhase.WITHDRAWN):
+            mine = change(None, OLD)
+            await log.record(mine)
+            changes.clean_up(mine, phase)
+        await changes.join()
+
+        assert not log._changes
 
     async def test_that_arrives_first_keeps_its_revision(self) -> None:
         changes, high_volume, long_term, log = make()
