@@ -28,7 +28,7 @@ BENCH_ARGS ?=
 TEST_ARGS ?=
 UV ?= uv
 
-.PHONY: help demo test lint bench bench-peers soak docs clean lock
+.PHONY: help demo test lint bench bench-peers soak sbom docs clean lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ bench-peers: $(VENV)/.dev-ready ## compare with other Kafka consumers, given the
 soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_OPERATIONS (10000000), SOAK_KILLS (500), SOAK_STORM_MINUTES, SOAK_MINUTES (20), SOAK_SEED
 	@echo "==> soaking: the storage's model, kills, a storm of rebalances, everything mixed"
 	$(PY) tests/soak.py
+
+sbom: $(VENV)/.dev-ready ## write dist/tierstream.cdx.json: every package of the image with version and hashes (CycloneDX)
+	@mkdir -p dist
+	PYTHONWARNINGS=ignore $(VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type application --output-reproducible \
+		--index-url https://pypi.org/simple --of JSON --output-file dist/tierstream.cdx.json requirements-cloud.lock
 
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
