@@ -56,8 +56,8 @@ def stated(package: str) -> str:
     classifiers = [
         text.rpartition(" :: ")[2] for text in metadata.get_all("Classifier", []) if text.startswith("License :: ")
     ]
-    stated = [*metadata.get_all("License-Expression", []), *metadata.get_all("License", []), " OR ".join(classifiers)]
-    return next(text for text in [*stated, "nothing"] if text)
+    said: list[str] = [*metadata.get_all("License-Expression", []), *metadata.get_all("License", [])]
+    return next(text for text in [*said, " OR ".join(classifiers), "nothing"] if text)
 
 
 def acceptable(expression: str) -> bool:
