@@ -28,7 +28,7 @@ BENCH_ARGS ?=
 TEST_ARGS ?=
 UV ?= uv
 
-.PHONY: help demo test lint bench bench-peers soak sbom docs clean lock
+.PHONY: help demo test lint bench bench-peers soak sbom docs picture clean lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ sbom: $(VENV)/.dev-ready ## write dist/tierstream.cdx.json: every package of the
 	@mkdir -p dist
 	PYTHONWARNINGS=ignore $(VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type application --output-reproducible \
 		--index-url https://pypi.org/simple --of JSON --output-file dist/tierstream.cdx.json requirements-cloud.lock
+
+picture: $(VENV)/.dev-ready ## take the README's picture of the status page from a real run (needs chromium)
+	PYTHONPATH=tests $(PY) tests/picture.py
 
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

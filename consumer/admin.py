@@ -4,7 +4,8 @@ Each callable answers at once, or, where what it tells has to be asked for elsew
 own time.
 
 ==================  ====================================================================================
-``/``               status page: one HTML file, which asks for ``/debug/state`` every second
+``/``               status page: one HTML file, with what is true now in it, and a script that watches ``/events``
+``/events``         what the page shows, again once a second, as server-sent events
 ``/healthz``        200 while the event loop turns; not tied to Kafka, so that no broker outage restarts pods
 ``/readyz``         200 or 503 with ``{"ready": bool, "reasons": [str]}``
 ``/metrics``        Prometheus text, or OpenMetrics where ``Accept`` names it
@@ -19,9 +20,11 @@ How it is kept from harming the service it watches:
    milliseconds for a hundred partitions), and *rendered* in a thread, one scrape at a time.
 2. Connections are bounded: one beyond :data:`CONNECTIONS_MAX` takes the place of the oldest, so that neither a port
    scan nor a forgotten client takes the process's descriptors, or keeps a probe out and gets the pod restarted.
-3. Slow clients are cut off: who sends no whole request within :data:`IDLE_SECONDS`, who does not take an answer within
-   :data:`SEND_SECONDS`.
-4. The page may run its own script and style, known by hash, and talk to this port; nothing else (CSP).
+3. Slow clients are cut off: who sends no whole request within :data:`IDLE_SECONDS`, who does not take an answer, or one
+   event, within :data:`SEND_SECONDS`.
+4. Whoever watches ``/events`` shares one look a second with all others (:mod:`consumer.viewers`), rendered in a thread;
+   nothing is kept for a slow one, and at most :data:`VIEWERS_MAX` may watch.
+5. The page may run its own script and style, known by hash, and talk to this port; nothing else (CSP).
 """
 
 from __future__ import annotations
@@ -31,10 +34,11 @@ import base64
 import contextlib
 import hashlib
 import re
+import socket
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from http import HTTPStatus
-from importlib.resources import files
 from inspect import isawaitable
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
@@ -44,6 +48,8 @@ from prometheus_client import Metric
 from prometheus_client.exposition import choose_encoder
 
 from consumer.log import get_logger
+from consumer.status_page import PAGE, Speedometer, View, contents, page, title
+from consumer.viewers import LOOK_SECONDS, Viewers
 
 _Told = TypeVar("_Told")
 
@@ -65,9 +71,6 @@ class Families(Protocol):
 
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-PAGE: Final = files("consumer").joinpath("status.html").read_text(encoding="utf-8")
-"""Read once, at import: no file is opened on the event loop."""
-
 CONNECTIONS_MAX: Final = 128
 """Two scrapers, a few probes and some open pages need a dozen; the usual limit of descriptors is 1,024. Connections
 that arrive in the same turn of the event loop (at most :data:`BACKLOG`) may exceed it until the next turn."""
@@ -79,8 +82,15 @@ SEND_SECONDS: Final = 10.0
 """Prometheus gives up after 10 s; who reads more slowly than that is no scraper, probe or page."""
 SCRAPE_SECONDS: Final = 8.0
 """Below Prometheus's usual timeout (10 s): the scraper hears 503 instead of nothing."""
+VIEWERS_MAX: Final = 16
+"""A team that looks at an incident together; what is beyond is asked to come back."""
+EVENTS_BUFFER_BYTES: Final = 65_536
+"""What the system keeps for a viewer that does not read: a few events. By itself it would keep megabytes, minutes of
+them, before anybody noticed."""
 STOP_SECONDS: Final = 2.0
 """The port is closed last, when all that matters is done; requests under way get this long, then they are cut off."""
+EVENTS_END_SECONDS: Final = 0.5
+"""Before that, for the viewers' last event."""
 
 _OPENMETRICS: Final = "application/openmetrics-text"
 _JSON: Final = "application/json"
@@ -140,6 +150,10 @@ class AdminServer:
         self._readiness = readiness
         self._registry = registry
         self._scraping = asyncio.Lock()
+        self._viewers = Viewers(self._look)
+        self._speedometer = Speedometer()
+        self._watched_by: set[asyncio.Transport] = set()
+        self._nobody_watches = asyncio.Event()
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
 
@@ -157,6 +171,7 @@ class AdminServer:
         application = web.Application(middlewares=[_answer])
         application.on_response_prepare.append(_put_headers)
         application.router.add_get("/", self._page)
+        application.router.add_get("/events", self._events)
         application.router.add_get("/healthz", self._healthz)
         application.router.add_get("/readyz", self._readyz)
         application.router.add_get("/metrics", self._metrics)
@@ -193,6 +208,7 @@ class AdminServer:
             listener.close()
             # Connections that were just accepted are made in the next turn, and only then known to the runner.
             await asyncio.sleep(0)
+        await self._end_events()
         if runner is not None:
             await runner.cleanup()
         if listener is not None:
@@ -202,7 +218,61 @@ class AdminServer:
     # ------------------------------------------------------------------------------------------ answers
 
     async def _page(self, _request: web.Request) -> web.Response:
-        return web.Response(text=PAGE, content_type="text/html")
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                html = await asyncio.to_thread(page, await self._view(Speedometer()))
+        except Exception:  # noqa: BLE001 - whatever it is, it is logged, and the page may do better by itself
+            _log.exception("the status page has nothing to show yet")
+            html = page(None)
+        return web.Response(text=html, content_type="text/html")
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        if len(self._watched_by) >= VIEWERS_MAX:
+            return _plain(HTTPStatus.SERVICE_UNAVAILABLE)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
+        transport = request.transport
+        if request.method == "HEAD" or transport is None:
+            return response
+        connection = transport.get_extra_info("socket")
+        if connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, EVENTS_BUFFER_BYTES)
+        self._watched_by.add(transport)
+        try:
+            async with contextlib.aclosing(self._viewers.frames()) as frames:
+                await response.prepare(request)
+                async for frame in frames:
+                    async with asyncio.timeout(SEND_SECONDS):
+                        await response.write(frame)
+            async with asyncio.timeout(SEND_SECONDS):
+                await response.write(b"event: end\ndata:\n\n")
+        except (TimeoutError, ConnectionError):  # the viewer does not read, or has left
+            transport.abort()
+        finally:
+            self._watched_by.discard(transport)
+            if not self._watched_by:
+                self._nobody_watches.set()
+        return response
+
+    async def _end_events(self) -> None:
+        """Let all viewers go: with their last event where they take it at once."""
+        await self._viewers.close()
+        if self._watched_by:
+            self._nobody_watches.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nobody_watches.wait(), EVENTS_END_SECONDS)
+        for transport in self._watched_by:
+            transport.abort()
+        self._viewers = Viewers(self._look)
+
+    async def _look(self) -> bytes:
+        """Return what the page shows now as one event."""
+        view = await self._view(self._speedometer)
+        return await asyncio.to_thread(_event, view)
+
+    async def _view(self, speedometer: Speedometer) -> View:
+        state = await _told(self._snapshot())
+        ready, reasons = await _told(self._readiness())
+        return View(state, ready, reasons, speedometer.look(state, time.monotonic()), time.time())
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         return _plain(HTTPStatus.OK)
@@ -228,6 +298,10 @@ class AdminServer:
         return web.Response(body=body, headers={"Content-Type": content_type})
 
 
+def _event(view: View) -> bytes:
+    return b"data: " + orjson.dumps({"title": title(view), "contents": contents(view)}) + b"\n\n"
+
+
 class _Collected:
     """Families already collected, in the form of the registry that the encoders ask for them."""
 
@@ -246,6 +320,9 @@ async def _told(answer: Told[_Told]) -> _Told:
 @web.middleware
 async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """Answer one request, whatever happens, and see to it that the answer is taken."""
+    if request.transport is not None:
+        # Nothing of the answer may stay behind in a buffer of ours: a transport closes only once that is empty.
+        request.transport.set_write_buffer_limits(high=0)
     try:
         response = await handler(request)
     except web.HTTPException as refusal:
@@ -256,8 +333,6 @@ async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse
     transport = request.transport
     if transport is None:  # the client is gone, which aiohttp finds out when it sends
         return response
-    # Nothing of the answer may stay behind in a buffer of ours: a transport closes only once that is empty.
-    transport.set_write_buffer_limits(high=0)
     try:
         async with asyncio.timeout(SEND_SECONDS):
             await response.prepare(request)

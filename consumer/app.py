@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import sys
@@ -60,10 +61,10 @@ from consumer.kafka.poller import COMMIT_TIMEOUT_SECONDS, Poller
 from consumer.kafka.publisher import Publisher
 from consumer.kafka.topics import Cluster, TopicPlan, inspect_topics
 from consumer.kafka.transactions import Transactions
+from consumer.log import LastErrors, get_logger
 from consumer.log import configure as configure_log
-from consumer.log import get_logger
 from consumer.loop_watch import LoopWatch
-from consumer.metrics import Counts, DebugState, EventLoopLag, new_registry, register
+from consumer.metrics import Counts, DebugState, EventLoopLag, PartitionState, new_registry, register
 from consumer.operations import Metadata, StoredObject
 from consumer.permits import ConcurrencyLimiter
 from consumer.poison import PoisonLimitReached, PoisonPolicy
@@ -193,6 +194,7 @@ class App:
         self._counts = Counts()
         self._limiter = ConcurrencyLimiter(config.concurrency.limit)
         self._lag = EventLoopLag()
+        self._last_errors = LastErrors()
         self._budget = ByteBudget(config.limits.in_flight_bytes)
         self._storage_blocked = False
         self._change_log_entries: int | None = None
@@ -213,6 +215,13 @@ class App:
 
     async def run(self) -> int:
         """Start, wait, stop."""
+        logging.getLogger().addHandler(self._last_errors)
+        try:
+            return await self._run()
+        finally:
+            logging.getLogger().removeHandler(self._last_errors)
+
+    async def _run(self) -> int:
         config = self._config
         self._install_signals()
         self._reports = start_error_reports(os.environ)
@@ -581,7 +590,7 @@ class App:
                 "available": limiter.available,
                 "queued": limiter.queued,
             },
-            "partitions": poller.snapshot() if poller is not None else [],
+            "partitions": [self._with_records(one) for one in poller.snapshot()] if poller is not None else [],
             "totals": self._counts.totals(),
             "storage": {
                 "high_volume": storage.high_volume.type,
@@ -589,9 +598,15 @@ class App:
                 "change_log": storage.change_log.type,
                 "change_log_entries": self._change_log_entries,
                 "blocked": self._storage_blocked,
+                "traffic": self._counts.traffic(),
             },
             "in_flight_bytes": self._budget.used,
+            "last_errors": self._last_errors.newest(),
         }
+
+    def _with_records(self, partition: PartitionState) -> PartitionState:
+        counts = self._counts.partition(partition["topic"], partition["partition"])
+        return {**partition, "records": counts.operations + counts.poison}
 
     def readiness(self) -> tuple[bool, list[str]]:
         """Whether the service is ready, and the reasons where it is not."""

@@ -79,6 +79,11 @@ ITEMS_MAX: Final = 50
 """Members of one list or mapping in a line."""
 DEPTH_MAX: Final = 4
 
+LAST_ERRORS_MAX: Final = 10
+"""Warnings and errors kept to be shown: what fits on a screen."""
+SHOWN_MAX: Final = 300
+"""Characters of each of them; the whole of it is in the log."""
+
 _UNSAFE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters (C0, C1, DEL), line and paragraph separators, bidirectional overrides, lone surrogates."""
 _DIGITS: Final = re.compile(r"\d+")
@@ -276,6 +281,46 @@ class LineHandler(logging.Handler):
                 self._stream.flush()
             except (OSError, ValueError):  # ValueError: the stream is closed
                 self.lines_lost += 1
+
+
+class LastErrors(logging.Handler):
+    """Keeps the last lines at warning or above, for whoever looks at the state of the service and not at its log.
+
+    Lines that say the same (logger, level and event) are one, with the time and the fields of the last: so a storm of
+    one error leaves the others in sight. Values are as safe and bounded as those of a line.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._kept: OrderedDict[tuple[str, str, str], Fields] = OrderedDict()
+        """By what they say; the newest last."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep *record*; called under the handler's lock, from any thread."""
+        line = _fields_of(record)
+        event, level, timestamp, logger = (line.pop(name) for name in ("event", "level", "timestamp", "logger"))
+        if "exception" in line:  # the last line of a traceback says what it is
+            line["exception"] = line["exception"].rpartition("\n")[2]
+        detail = " ".join(f"{name}={value}" for name, value in line.items())
+        says = logger, level, _DIGITS.sub("#", event)
+        times = self._kept.pop(says, {"times": 0})["times"] + 1
+        self._kept[says] = {
+            "timestamp": timestamp,
+            "level": level,
+            "event": event[:SHOWN_MAX],
+            "detail": detail[:SHOWN_MAX],
+            "times": times,
+        }
+        if len(self._kept) > LAST_ERRORS_MAX:
+            self._kept.popitem(last=False)
+
+    def newest(self) -> list[Fields]:
+        """Return what is kept, the newest last: ``timestamp``, ``level``, ``event``, ``detail`` and ``times``."""
+        self.acquire()
+        try:
+            return [dict(fields) for fields in self._kept.values()]
+        finally:
+            self.release()
 
 
 def _fields_of(record: logging.LogRecord) -> Fields:

@@ -26,7 +26,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from itertools import accumulate
-from typing import Any, Final, Literal, NotRequired, Protocol, TypeAlias, TypedDict
+from typing import Any, Final, Literal, NotRequired, Protocol, TypeAlias, TypedDict, get_args
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -372,6 +372,24 @@ class Counts:
         }
 
 
+    def traffic(self) -> dict[Tier, TierTraffic]:
+        """Sum up by tier for ``/debug/state``."""
+        traffic: dict[Tier, TierTraffic] = {
+            tier: {
+                "requests": 0,
+                "errors": 0,
+                "bytes_read": self.storage_bytes.get((tier, "read"), 0),
+                "bytes_written": self.storage_bytes.get((tier, "write"), 0),
+            }
+            for tier in get_args(Tier)
+        }
+        for (tier, _operation), requests in self._requests.items():
+            errors = requests.error.count
+            traffic[tier]["requests"] += requests.success.count + errors
+            traffic[tier]["errors"] += errors
+        return traffic
+
+
 def is_failure(kind: str, status: int) -> bool:
     """Tell whether a response carries a ``Failure``: a missing object (404 to get or head) is a success."""
     return status >= 400 and not (status == 404 and kind in {"get", "head"})
@@ -422,6 +440,8 @@ class PartitionState(TypedDict):
     last_commit_timestamp: NotRequired[float | None]
     """Seconds since the epoch of this assignment's last successful commit."""
     offset_map_bytes: NotRequired[int | None]
+    records: NotRequired[int | None]
+    """Records of it that this process has read since its start, in all assignments."""
 
 
 class Totals(TypedDict):
@@ -436,6 +456,15 @@ class Totals(TypedDict):
     rebalances: int
 
 
+class TierTraffic(TypedDict):
+    """What has gone to and from a tier since the start of the process."""
+
+    requests: int
+    errors: int
+    bytes_read: int
+    bytes_written: int
+
+
 class DebugState(TypedDict):
     """The snapshot behind ``/debug/state``, the status page and the gauges of a scrape (contract 8)."""
 
@@ -444,9 +473,12 @@ class DebugState(TypedDict):
     partitions: list[PartitionState]
     totals: Totals
     storage: dict[str, Any]
-    """Free in form; ``change_log_entries`` (int or None) is read by the scrape."""
+    """Free in form; ``change_log_entries`` (int or None) is read by the scrape, ``traffic`` is :class:`TierTraffic` by
+    tier."""
     in_flight_bytes: NotRequired[int | None]
     """Bytes charged to the byte budget."""
+    last_errors: NotRequired[list[dict[str, Any]]]
+    """Lines of the log at warning or above, the newest last (:class:`consumer.log.LastErrors`)."""
 
 
 Snapshot: TypeAlias = Callable[[], Mapping[str, Any]]

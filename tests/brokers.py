@@ -551,7 +551,7 @@ def broker(request: pytest.FixtureRequest, _brokers: _Brokers) -> Broker:
     return _brokers.get(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def embedded(_brokers: _Brokers) -> Broker:
     """The embedded broker alone, for tests whose subject is not the broker."""
     return _brokers.get("noida-db")

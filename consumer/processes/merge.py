@@ -1,7 +1,7 @@
 """One state and one set of metrics out of those of several processes (pure).
 
 **State** (:func:`merged_state`), in the shape of each of them: partitions of all, sorted; permits, totals and bytes
-summed; the worst of the states.
+summed; the worst of the states; the newest of the errors.
 
 **Metrics** (:class:`Tally`), in the names and labels of each of them:
 
@@ -19,8 +19,10 @@ further is believed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any, Final, TypeAlias
 
+from consumer.log import LAST_ERRORS_MAX
 from consumer.metrics import PlainFamily, PlainSample
 
 COMBINED: Final[Mapping[str, Callable[[float, float], float]]] = {
@@ -66,7 +68,13 @@ def merged_state(states: Mapping[int, Mapping[str, Any]], state: str, empty: Map
         name: combined([one.get(name) for one in [empty, *told]])
         for name in dict.fromkeys(["state", *(name for one in [*told, empty] for name in one)])
     }
-    return {**merged, "state": worst, "partitions": [owned[name] for name in sorted(owned)]}
+    errors = [error for one in [empty, *told] for error in one.get("last_errors") or ()]
+    return {
+        **merged,
+        "state": worst,
+        "partitions": [owned[name] for name in sorted(owned)],
+        "last_errors": sorted(errors, key=itemgetter("timestamp"))[-LAST_ERRORS_MAX:],
+    }
 
 
 def _badness(state: str) -> int:

@@ -24,6 +24,7 @@ It holds about 60 MB, most of it the admin port: no Kafka client and no storage 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -39,7 +40,7 @@ import consumer
 from consumer.admin import AdminServer
 from consumer.config import Config
 from consumer.exits import CLEAN, STOP_MARGIN_SECONDS, USAGE
-from consumer.log import get_logger
+from consumer.log import LastErrors, get_logger
 from consumer.metrics import Collected, Counts, PlainFamily, families_of, new_registry, plain, register_process
 from consumer.processes.channel import METRICS, PULSE, READINESS, STATE, Asking, NoAnswer
 from consumer.processes.decisions import Action, AskToStop, Decisions, End, Kill, Start
@@ -112,11 +113,19 @@ class Supervisor:
         self._tally = Tally()
         self._past_totals: Mapping[str, Any] = Counts().totals()
         """Totals of runs that are over, summed."""
+        self._last_errors = LastErrors()
         self._registry = new_registry()
         register_process(self._registry)
 
     async def run(self) -> int:
         """Start, wait, stop; return the exit code."""
+        logging.getLogger().addHandler(self._last_errors)
+        try:
+            return await self._run()
+        finally:
+            logging.getLogger().removeHandler(self._last_errors)
+
+    async def _run(self) -> int:
         config, loop = self._config, asyncio.get_running_loop()
         self._ended = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -300,6 +309,7 @@ class Supervisor:
                 ]
             ),
             "storage": {part: getattr(storage, part).type for part in ("high_volume", "long_term", "change_log")},
+            "last_errors": self._last_errors.newest(),
         }
         return merged_state(told, least, empty)
 

@@ -22,8 +22,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 from prometheus_client.registry import Collector
 
-from consumer import admin, metrics
+from consumer import admin, viewers
 from consumer.admin import AdminServer
+from consumer.metrics import Counts
+from consumer.status_page import PAGE
 
 ROUTES = ("/", "/healthz", "/readyz", "/metrics", "/debug/state")
 
@@ -51,7 +53,15 @@ class Metrics(Collector):
 class Service:
     """What the port is built from, each part in reach."""
 
-    state: dict[str, Any] = field(default_factory=lambda: {"state": "running", "partitions": [], "storage": None})
+    state: dict[str, Any] = field(
+        default_factory=lambda: {
+            "state": "running",
+            "limiter": {"limit": 500, "in_use": 0, "available": 500, "queued": 0},
+            "partitions": [],
+            "totals": Counts().totals(),
+            "storage": None,
+        }
+    )
     reasons: list[str] = field(default_factory=list)
     snapshots: int = 0
     collector: Metrics = field(default_factory=Metrics)
@@ -331,42 +341,205 @@ async def test_the_page_may_run_its_own_script_and_style_and_nothing_else(client
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
     """It works in a cluster without a way out, and nothing outside learns that somebody looks."""
-    addresses = set(re.findall(r"""(?:src|href|action)=["']([^"']*)""", admin.PAGE))
+    addresses = set(re.findall(r"""(?:src|href|action)=["']([^"']*)""", PAGE))
 
     assert {address.partition(":")[0] for address in addresses} == {"data", *ROUTES[1:]}
-    without_icon = re.sub(r'href="data:[^"]*"', "", admin.PAGE)
+    without_icon = re.sub(r'href="data:[^"]*"', "", PAGE)
     assert not re.findall(r"@import|url\(|import\(|//[a-z]+\.", without_icon)
-    assert not re.findall(r"<[^>]*\s(?:on\w+|style)=", admin.PAGE)
+    assert not re.findall(r"<[^>]*\s(?:on\w+|style)=", PAGE)
 
 
-def test_the_page_cannot_turn_a_text_into_markup() -> None:
-    """Topics, errors and keys are somebody else's texts."""
-    assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function\(", admin.PAGE)
+def test_the_script_runs_nothing_of_what_it_is_sent() -> None:
+    """Topics, errors and keys are somebody else's texts: they are parsed where nothing runs, and nowhere else."""
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function\(|createRange", PAGE)
+    assert PAGE.count("DOMParser") == 1
 
 
-def test_the_page_reads_what_the_snapshot_has() -> None:
-    """Contract 8: a field that the page asks for under another name would be a dash for ever."""
-    of = {
-        "state": {*metrics.DebugState.__annotations__},
-        "partition": {*metrics.PartitionState.__annotations__},
-        "operation": {*metrics.OldestState.__annotations__},
-    }
-    read: dict[str, set[str]] = {name: set(re.findall(rf"\b{name}\.([a-z_]+)\b(?!\()", admin.PAGE)) for name in of}
+async def test_the_page_has_what_is_true_now_in_it(client: Client, service: Service) -> None:
+    """Contract 8: who has no script sees it too."""
+    service.state["state"] = "draining"
+    service.reasons = ["draining"]
 
-    assert read["partition"] >= {"window", "in_flight", "paused_for", "lag", "oldest"}
-    assert read["state"] - {"ok", "json", "status"} <= of["state"]
-    assert read["partition"] <= of["partition"]
-    assert read["operation"] <= of["operation"]
-    totals = re.search(r"const TOTALS = (.*?);", admin.PAGE, re.DOTALL)
-    assert totals
-    assert set(re.findall(r'\["(\w+)"', totals[1])) == {*metrics.Totals.__annotations__}
+    page = (await client.ask("/")).body.decode()
+
+    assert 'class="chip warn">draining</span>' in page
+    assert "not ready" in page
 
 
-def test_the_page_shows_windows_first() -> None:
-    """What is looked for most stands on top: the windows, then totals, then storage."""
-    places = [admin.PAGE.index(f'id="{name}"') for name in ("limiter-text", "partitions", "totals", "storage")]
+async def test_the_page_is_there_though_nothing_is_known(
+    client: Client, service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A snapshot that raises is logged; the page says so, and may do better by itself a moment later."""
+    service.fails = True
+
+    answer = await client.ask("/")
+
+    assert answer.status == 200
+    assert b"not known yet" in answer.body
+    assert b"CANARY" not in answer.body
+    assert caplog.records[0].getMessage() == "the status page has nothing to show yet"
+
+
+async def test_windows_come_first(client: Client) -> None:
+    """What is looked for most stands on top: permits and windows, then totals, storage and errors."""
+    page = (await client.ask("/")).body.decode()
+    places = [page.index(f'id="{name}-title"') for name in ("permits", "windows", "totals", "storage", "errors")]
 
     assert places == sorted(places)
+
+
+# --------------------------------------------------------------------------------------------- the page, live
+
+
+async def watch(port: int, *, buffer: int | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Watch the events, without an HTTP library that would read ahead; *buffer* is what the system takes for us."""
+    loop, peer = asyncio.get_running_loop(), socket.socket()
+    peer.setblocking(False)
+    if buffer is not None:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    await loop.sock_connect(peer, ("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=peer, limit=4096 if buffer else 1 << 24)
+    writer.write(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+    return reader, writer
+
+
+async def next_event(reader: asyncio.StreamReader) -> dict[str, Any]:
+    """The next event that says something."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not (line := await reader.readline()).startswith(b"data: "):
+            assert line
+    told: dict[str, Any] = orjson.loads(line[len(b"data: ") :])
+    return told
+
+
+async def test_events_say_what_the_page_says_again_and_again(
+    client: Client, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contract 8: live; each event is the whole of it, for one look of all viewers."""
+    monkeypatch.setattr(viewers, "INTERVAL_SECONDS", 0.01)
+    reader, writer = await watch(client.port)
+
+    first = await next_event(reader)
+    service.state = {**service.state, "state": "draining"}
+    while (later := await next_event(reader))["title"] == first["title"]:
+        pass
+
+    assert first["title"] == "running · tierstream"
+    assert later["title"] == "draining · tierstream"
+    assert 'class="chip good">running</span>' in first["contents"]
+    assert 'class="chip warn">draining</span>' in later["contents"]
+    await hang_up(writer)
+
+
+async def test_events_are_announced_as_what_they_are(client: Client) -> None:
+    """No proxy may keep them back, none may be stored; a HEAD ends at once."""
+    reader, writer = await watch(client.port)
+    async with asyncio.timeout(WAIT_SECONDS):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    headed = await client.ask("/events", "HEAD")
+
+    for line in ("Content-Type: text/event-stream", "X-Accel-Buffering: no", "Cache-Control: no-store"):
+        assert line in head
+    assert headed.headers["Content-Type"] == "text/event-stream"
+    assert (await client.ask("/events", "POST")).status == 405
+    await hang_up(writer)
+
+
+async def test_a_viewer_that_does_not_read_is_dropped_and_harms_nobody(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its events stay where they are until its time is over; others have theirs meanwhile."""
+    monkeypatch.setattr(viewers, "INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(admin, "SEND_SECONDS", 0.2)
+    service.state["storage"] = {"high_volume": "x" * 500_000}
+    server = service.port()
+    port = await server.start()
+    slow_reader, slow = await watch(port, buffer=4096)
+    reader, writer = await watch(port)
+
+    async with asyncio.timeout(WAIT_SECONDS):
+        while len(web_server(server).connections) < 2:
+            await next_event(reader)
+        while len(web_server(server).connections) > 1:
+            await next_event(reader)
+    (left,) = server._watched_by
+
+    assert left.get_extra_info("peername") == writer.get_extra_info("sockname")
+    await next_event(reader)
+    for end in (slow, writer):
+        await hang_up(end)
+    assert slow_reader is not reader
+    await server.stop()
+
+
+async def test_a_viewer_that_leaves_is_forgotten(
+    client: Client, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed page costs nothing: the service is asked no more."""
+    monkeypatch.setattr(viewers, "INTERVAL_SECONDS", 0.0)
+    reader, writer = await watch(client.port)
+    await next_event(reader)
+    await hang_up(writer)
+    async with asyncio.timeout(WAIT_SECONDS):
+        before = -1
+        while service.snapshots != before:
+            before = service.snapshots
+            await asyncio.sleep(0.05)
+
+
+async def test_only_so_many_may_watch(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is asked to come back, and everything else is answered; a place that is free is given again."""
+    monkeypatch.setattr(viewers, "INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(admin, "VIEWERS_MAX", 2)
+    watching = [await watch(client.port) for _ in range(2)]
+    for reader, _ in watching:
+        await next_event(reader)
+
+    refused = await client.ask("/events")
+    page = await client.ask("/")
+    await hang_up(watching[0][1])
+    async with asyncio.timeout(WAIT_SECONDS):
+        while (await client.ask("/events", "HEAD")).status == 503:
+            pass
+
+    assert (refused.status, page.status) == (503, 200)
+    await hang_up(watching[1][1])
+
+
+async def test_a_stop_shows_the_end_to_those_who_watch(service: Service) -> None:
+    """The last event says that it is the end, so that a page knows a stop from a lost connection."""
+    server = service.port()
+    reader, writer = await watch(await server.start())
+    await next_event(reader)
+    service.state["state"] = "stopped"
+
+    async with asyncio.timeout(WAIT_SECONDS):
+        await server.stop()
+        rest = (await reader.read()).decode()
+
+    assert "stopped · tierstream" in rest
+    assert rest.rstrip("\r\n0").endswith("event: end\ndata:")
+    await hang_up(writer)
+
+
+async def test_a_stop_does_not_wait_for_a_viewer_that_does_not_read(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The port is closed within its time, whoever is still being told the end."""
+    monkeypatch.setattr(viewers, "INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(admin, "EVENTS_END_SECONDS", 0.05)
+    monkeypatch.setattr(admin, "STOP_SECONDS", 10 * WAIT_SECONDS)
+    service.state["storage"] = {"high_volume": "x" * 500_000}
+    server = service.port()
+    _, writer = await watch(await server.start(), buffer=4096)
+    async with asyncio.timeout(WAIT_SECONDS):
+        while service.snapshots < 20:  # noqa: ASYNC110 - by then its buffers are full, of which nothing tells
+            await asyncio.sleep(0.01)
+
+        await server.stop()
+
+    assert not server._watched_by
+    await hang_up(writer)
 
 
 # --------------------------------------------------------------------------------------------- slow and many clients

@@ -474,3 +474,68 @@ def test_stdout_stays_empty(configured: bool) -> None:
     assert "said too" in done.stderr
     if configured:
         assert [json.loads(line)["level"] for line in done.stderr.splitlines()] == ["warning", "warning"]
+
+
+# --------------------------------------------------------------------------------------------- the last errors
+
+
+@pytest.fixture
+def last_errors() -> Iterator[log.LastErrors]:
+    """What is kept of this test's lines."""
+    kept = log.LastErrors()
+    logging.getLogger().addHandler(kept)
+    yield kept
+    logging.getLogger().removeHandler(kept)
+
+
+def test_the_last_errors_are_warnings_and_worse_with_their_fields(last_errors: log.LastErrors) -> None:
+    """Whoever looks at the status page need not read the log first."""
+    ours = log.get_logger("consumer.part")
+    ours.info("nothing")
+    ours.warning("no permits", partition=3)
+    ours.error("it broke", exc_info=ValueError("why"))
+
+    first, second = last_errors.newest()
+
+    assert first["timestamp"].endswith("Z")
+    assert {**first, "timestamp": ""} == {
+        "timestamp": "",
+        "level": "warning",
+        "event": "no permits",
+        "detail": "partition=3",
+        "times": 1,
+    }
+    assert (second["level"], second["event"], second["detail"]) == ("error", "it broke", "exception=ValueError: why")
+
+
+def test_an_error_that_repeats_leaves_the_others_in_sight(last_errors: log.LastErrors) -> None:
+    """One line for all that say the same, the newest last, with the fields of the last; not more than a screen."""
+    ours, foreign = log.get_logger("consumer.part"), logging.getLogger("aiokafka.conn")
+    ours.error("first")
+    for number in range(500):
+        foreign.warning("connection %d failed", number)
+    for number in range(log.LAST_ERRORS_MAX - 2):
+        ours.error(f"other {chr(97 + number)}")
+    everything = last_errors.newest()
+    ours.error("first")
+    ours.error("one more")
+
+    assert [error["times"] for error in everything[:2]] == [1, 500]
+    assert everything[1]["event"] == "connection 499 failed"
+    newest = last_errors.newest()
+    assert len(newest) == log.LAST_ERRORS_MAX
+    assert [(error["event"], error["times"]) for error in newest[-2:]] == [("first", 2), ("one more", 1)]
+    assert "connection 499 failed" not in [error["event"] for error in newest]
+
+
+def test_the_last_errors_are_as_safe_as_the_log(last_errors: log.LastErrors) -> None:
+    """No payload, no control character, and no end without bound."""
+    ours = log.get_logger("consumer.part")
+    ours.error("x" * 5000, payload=CANARY.encode(), held=StoredObject(Metadata(), CANARY.encode()), text="a\x1b[31m\nb")
+
+    (kept,) = last_errors.newest()
+
+    assert CANARY not in repr(kept)
+    assert "\x1b" not in kept["detail"]
+    assert "\n" not in kept["detail"]
+    assert len(kept["event"]) == log.SHOWN_MAX

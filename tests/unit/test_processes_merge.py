@@ -68,6 +68,7 @@ def state(*partitions: dict[str, Any], **known: Any) -> dict[str, Any]:
         "totals": {**Counts().totals(), "records": 10, "responses": 9},
         "storage": {"high_volume": "sqlite", "change_log_entries": 2, "blocked": False},
         "in_flight_bytes": 1000,
+        "last_errors": [],
         **known,
     }
 
@@ -147,10 +148,20 @@ class TestState:
     def test_the_state_is_the_worst(self, least: str, one: str, other: str, worst: str) -> None:
         assert merged_state({1: state(state=one), 2: state(state=other)}, least, EMPTY)["state"] == worst
 
+    def test_the_newest_errors_of_all_are_shown_in_their_order(self) -> None:
+        def errors(*seconds: int) -> list[dict[str, Any]]:
+            return [{"timestamp": f"2026-01-01T00:00:{second:02}Z", "event": str(second)} for second in seconds]
+
+        told = {1: state(last_errors=errors(*range(0, 30, 3))), 2: state(last_errors=errors(2, 50))}
+
+        merged = merged_state(told, "running", {**EMPTY, "last_errors": errors(40)})
+
+        assert [error["event"] for error in merged["last_errors"]] == [*map(str, range(6, 30, 3)), "40", "50"]
+
     def test_where_nobody_answers_the_shape_remains(self) -> None:
         merged = merged_state({}, "starting", EMPTY)
 
-        assert merged == {**EMPTY, "state": "starting", "partitions": []}
+        assert merged == {**EMPTY, "state": "starting", "partitions": [], "last_errors": []}
         assert next(iter(merged)) == "state"
 
     def test_what_is_empty_adds_the_totals_of_those_that_are_gone(self) -> None:
