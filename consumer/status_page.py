@@ -283,7 +283,7 @@ def _permits(view: View) -> Html:
         ("operations per second", rate(view.rates.of_all), _curve(view.rates.history)),
         ("in flight", number(in_flight), f"of {number(limiter['in_use'])} reserved"),
         ("permits available", number(limiter["available"]), f"of {number(limiter['limit'])}"),
-        ("lag", number(sum(lags)) if lags else UNKNOWN, f"in {number(len(partitions))} partitions"),
+        ("lag", number(sum(lags)) if lags else UNKNOWN, ""),
     ]
     if limiter["queued"]:
         facts.append(("queued for a permit", number(limiter["queued"]), ""))
@@ -376,7 +376,12 @@ def _windows(view: View) -> Html:
     nothing = element("p", "No partition is assigned now.", class_="empty")
     return element(
         "section",
-        element("div", element("h2", "Windows", id="windows-title"), class_="head"),
+        element(
+            "div",
+            element("h2", "Windows", id="windows-title"),
+            _span("quiet", f"{number(len(partitions))} partitions"),
+            class_="head",
+        ),
         element("div", table, class_="sideways") if shown else nothing,
         *([more] if left_out else []),
         class_="card windows",
@@ -422,13 +427,13 @@ def _row(one: State, widest: int, rates: Rates) -> Html:
         _cell("number", "ops/s", element("span", rate(rates.of_partition.get((one["topic"], one["partition"]))))),
         _cell("number", "lag", element("span", number(one["lag"]))),
         _cell(
-            "number wide",
+            "number",
             "position",
             element("span", number(one["position"])),
             *([element("small", f"of {number(end)}")] if end is not None else []),
         ),
         _cell(
-            "number wide",
+            "number committed",
             "committed",
             element("span", number(one["committed"])),
             *([element("small", f"+{number(above)} above a gap")] if above else []),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +20,8 @@ from service_process import ServiceProcess, settings
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "status-page.png"
-PARTITIONS = 8
+PARTITIONS = 7
+WIDTH = 1120
 LOOKS = 30
 """Seconds of load before the picture, for the curve."""
 
@@ -42,7 +44,7 @@ def main() -> None:
             output={"topic": "responses"},
             dead_letter={"topic": "operations.dlq"},
             topics={"create": True, "partitions": PARTITIONS, "replication_factor": 1},
-            concurrency={"limit": 40},
+            concurrency={"limit": 32},
             window={"fraction": 0.4, "exhausted": "pause"},
             storage={
                 **settings(folder)["storage"],
@@ -63,16 +65,19 @@ def main() -> None:
 
 
 def _take(service: ServiceProcess, ledger: Ledger, executable: str) -> None:
-    load, enough = Load(ledger, poison_every=97), threading.Event()
-    pumping = threading.Thread(target=lambda: load.pump(enough.is_set, 120))
-    with running_browser(executable) as browser, window(browser, service.admin + "/", width=1120) as seen:
-        pumping.start()
+    load, enough = Load(ledger, batch=24 * PARTITIONS, poison_every=97), threading.Event()
+    with (
+        ThreadPoolExecutor() as pool,
+        running_browser(executable) as browser,
+        window(browser, service.admin + "/", width=WIDTH) as seen,
+    ):
+        pumping = pool.submit(load.pump, enough.is_set, 10 * LOOKS)
         try:
             seen.page.wait_for_timeout(1000 * LOOKS)
             seen.page.screenshot(path=PICTURE, full_page=True)
         finally:
             enough.set()
-            pumping.join()
+        pumping.result()
     print(f"written: {PICTURE.relative_to(ROOT)}, {PICTURE.stat().st_size:,} bytes")  # noqa: T201 - it is a command
 
 

@@ -46,6 +46,7 @@ def watched(embedded: Broker, tmp_path_factory: pytest.TempPathFactory) -> Itera
         concurrency={"limit": 6},
         window={"fraction": 0.6, "exhausted": "pause"},
         admin={"host": "127.0.0.1", "port": unused_port()},
+        input={"start": "latest"},
     )
     yield stage
     stage.put_down()
@@ -53,8 +54,9 @@ def watched(embedded: Broker, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def service(watched: Stage) -> ServiceProcess:
-    """Its process; a new one where a test has ended the one before."""
+    """Its process; a new one where a test has ended the one before, in a group that does not wait for that one."""
     if not watched.processes or watched.processes[-1].process.poll() is not None:
+        watched.config["kafka"]["group_id"] = watched.broker.unused_name("group")
         watched.start(partitions=PARTITIONS)
     return watched.processes[-1]
 
