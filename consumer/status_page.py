@@ -459,7 +459,8 @@ def _oldest(oldest: State | None) -> list[Html]:
     parts = [_span("late" if late else "", seconds(oldest["age_seconds"]))]
     parts.append(element("small", " · ".join(part for part in detail if part is not None)))
     if oldest["last_error"]:
-        parts.append(element("small", oldest["last_error"], class_="late"))
+        said = [oldest["last_error"], oldest.get("last_error_message")]
+        parts.append(element("small", ": ".join(part for part in said if part), class_="late"))
     return parts
 
 

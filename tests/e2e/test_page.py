@@ -164,6 +164,7 @@ def the_widest_view() -> View:
             "attempts": 33,
             "age_seconds": 99.9,
             "last_error": "backend_unavailable",
+            "last_error_message": "e" * 300,
         },
     }
     state = {

@@ -108,6 +108,7 @@ def test_no_text_can_become_markup() -> None:
         "attempts": 1,
         "age_seconds": 1.0,
         "last_error": HOSTILE,
+        "last_error_message": HOSTILE,
     }
     harmless = Read(contents(view(partition(oldest={**oldest, "last_error": "x"}, paused_for=["x"]), reasons=("x",))))
     seen = view(
@@ -126,7 +127,8 @@ def test_no_text_can_become_markup() -> None:
     assert {name for _, said in read.elements for name in said} <= {
         name for _, said in harmless.elements for name in said
     } | {"datetime"}
-    assert read.texts.count(HOSTILE) == 7
+    assert read.texts.count(HOSTILE) == 6
+    assert f"{HOSTILE}: {HOSTILE}" in read.texts
     assert f"s{HOSTILE}" in read.texts
     assert title(seen) == f"s{HOSTILE} · tierstream"
 
@@ -207,13 +209,14 @@ def test_the_oldest_operation_says_what_it_waits_for() -> None:
         "attempts": 3,
         "age_seconds": 31.0,
         "last_error": "backend_unavailable",
+        "last_error_message": "sqlite: SQLITE_BUSY",
     }
-    young = {**oldest, "age_seconds": 0.5, "attempts": 1, "last_error": None}
+    young = {**oldest, "age_seconds": 0.5, "attempts": 1, "last_error": None, "last_error_message": None}
 
     read = Read(contents(view(partition(0, oldest=oldest), partition(1, oldest=young))))
 
     assert "offset 1842 · insert · 0123456789abcdef · attempt 3" in read.texts
-    assert {"31.0 s", "500 ms", "backend_unavailable"} <= set(read.texts)
+    assert {"31.0 s", "500 ms", "backend_unavailable: sqlite: SQLITE_BUSY"} <= set(read.texts)
     assert len([said for _, said in read.elements if said.get("class") == "late"]) == 2
 
 
