@@ -70,6 +70,10 @@ sbom: $(VENV)/.dev-ready ## write dist/tierstream.cdx.json: every package of the
 picture: $(VENV)/.dev-ready ## take the README's picture of the status page from a real run (needs chromium)
 	PYTHONPATH=tests $(PY) tests/picture.py
 
+docs: $(VENV)/.dev-ready ## write the documents that are made from the code: reference pages, the chart's tables, the dashboard
+	@echo "==> writing documents"
+	PYTHONPATH=.:tests $(PY) tests/documents.py
+
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find consumer tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -114,7 +114,9 @@ def show(
 def check(
     old: Annotated[str, typer.Argument(metavar="OLD", help="A file, or operation or response for this release's.")],
     new: Annotated[str, typer.Argument(metavar="NEW", help="As OLD.")],
-    mode: Annotated[Mode, typer.Option("--mode", help="What they have to be for exit 0.")] = Mode.FULL,
+    mode: Annotated[
+        Mode, typer.Option("--mode", metavar="backward|forward|full", help="What they have to be for exit 0.")
+    ] = Mode.FULL,
     as_json: AsJson = False,
 ) -> None:
     """Say whether readers of one schema understand writers of the other.

@@ -42,7 +42,9 @@ def size(
     headroom: Annotated[
         float, typer.Option("--headroom", metavar="X", help="Times the average: skew, and catching up.")
     ] = 2.0,
-    policy: Annotated[Policy, typer.Option("--policy", help="window.policy.")] = Policy.EQUAL_SHARE,
+    policy: Annotated[
+        Policy, typer.Option("--policy", metavar="equal-share|share-of-available", help="window.policy.")
+    ] = Policy.EQUAL_SHARE,
     fraction: Annotated[
         str, typer.Option("--fraction", metavar="F", help="window.fraction, with share-of-available.")
     ] = "0.10",
