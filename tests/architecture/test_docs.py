@@ -12,26 +12,23 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from consumer.config import load
 from consumer.metrics import CATALOGUE
+from shown import ALONE, OUT_OF_REACH, OWN_KAFKA, PAGES, ROOT, SHELL, STORY, blocks, reason_not_run
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "helm" / "tierstream" / "README.md"])
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of one language on a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+VALUES = "# values.yaml"
+"""How a block begins that is of the chart's values, not of the service's settings."""
 
 
 def lines_with_tierstream() -> Iterator[tuple[str, str]]:
     """Every shown call of the command, with its page; comments and here-documents left out."""
     for page in PAGES:
-        for block in blocks(page, "sh"):
+        for block in blocks(page, *SHELL):
             text = re.sub(r"<<'(\w+)'\n.*?^\1$", "", block, flags=re.MULTILINE | re.DOTALL)
             for line in text.splitlines():
-                call = re.match(r"(?:\S*/)?tierstream (.+)", line)
+                call = re.match(r"(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*/)?tierstream (.+)", line)
                 if call:
                     yield page.name, call[1]
 
@@ -73,7 +70,13 @@ def test_a_shown_command_is_one(page: str, call: str) -> None:
 
 @pytest.mark.parametrize(
     ("page", "text"),
-    [(page.name, text) for page in PAGES if "helm" not in page.parts for text in blocks(page, "yaml")],
+    [
+        (page.name, text)
+        for page in PAGES
+        if "helm" not in page.parts
+        for text in blocks(page, "yaml")
+        if not text.startswith(VALUES)
+    ],
 )
 def test_shown_settings_are_settings(
     page: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -85,6 +88,28 @@ def test_shown_settings_are_settings(
     file.write_text(text, encoding="utf-8")
 
     assert load(file).kafka.group_id == "tierstream"
+
+
+def test_shown_values_are_values_of_the_chart() -> None:
+    """Every name in them is one of values.yaml."""
+    values = yaml.safe_load((ROOT / "helm" / "tierstream" / "values.yaml").read_text(encoding="utf-8"))
+    shown = [yaml.safe_load(text) for page in PAGES for text in blocks(page, "yaml") if text.startswith(VALUES)]
+
+    assert shown
+    for section in shown:
+        for name, members in section.items():
+            assert set(members) <= set(values[name]), name
+
+
+def test_every_shown_command_is_run_by_a_test_or_has_a_reason_not_to_be() -> None:
+    """A command that nobody runs is wrong one day; and a reason that nothing needs any more hides the next one."""
+    used: set[str] = set()
+    for page in PAGES:
+        for text in blocks(page, *SHELL):
+            used |= {beginning for beginning in OUT_OF_REACH if text.startswith(beginning)}
+            run = page in {STORY, *ALONE} or (page in OWN_KAFKA and "--config tierstream.yaml" in text)
+            assert run or reason_not_run(text), f"{page.name}: {text.splitlines()[0]}"
+    assert used == set(OUT_OF_REACH)
 
 
 @pytest.mark.parametrize(("page", "text"), [(page.name, text) for page in PAGES for text in blocks(page, "python")])
