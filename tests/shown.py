@@ -24,7 +24,7 @@ OUT_OF_REACH = {
     "make demo": "the demo is e2e/test_demo.py, the tests are what runs this",
     "pip install": "from the package index, as above",
     "docker build": "needs a container engine; the image is built and started by the workflow on GitHub",
-    "docker compose": "needs a container engine; the file is checked (tests/chart, tests/architecture)",
+    "docker compose": "needs a container engine; the file itself is checked (architecture/test_compose.py)",
     "kubectl": "needs a cluster",
     "kafka-topics.sh": "comes with Apache Kafka; the suite makes its topics by the same settings (brokers.py)",
     "helm": "needs a cluster; the chart is rendered, checked and linted by Helm's own engine (tests/chart)",
