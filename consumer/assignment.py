@@ -47,7 +47,7 @@ from consumer.codec import Decoded, OperationDecoder, ResponseEncoder
 from consumer.errors import DEAD_LETTER_CODES, AtCapacity, DecodeError, OperationPanic, TierstreamError, TooLarge
 from consumer.executor import OldestOperation, StreamExecutor
 from consumer.log import get_logger, key_digest
-from consumer.metrics import UNKNOWN_KIND, Counts, OldestState, PartitionState
+from consumer.metrics import UNKNOWN_KIND, Counts, Exemplar, OldestState, PartitionState, record_labels
 from consumer.offset_map import encode
 from consumer.offsets import DISTANCE_MAX, OffsetTracker, Run
 from consumer.operations import Delete, Insert, Operation, OpResponse, Position
@@ -660,8 +660,10 @@ class Assignment:
     def acknowledged(self, tokens: Sequence[int]) -> None:
         """Responses are written: resolve their offsets, unless a dead letter is still on its way."""
         entries, counts, budget = self._entries, self._pipeline.counts, self._pipeline.budget
-        responses, observe = counts.responses, counts.response_latency.observe
+        responses, latency = counts.responses, counts.response_latency
+        observe = latency.observe
         now = time.time()
+        example = entries[tokens[0]].record  # the first of a batch is the one that has waited longest
         finished: list[int] = []
         released = 0
         for offset in tokens:
@@ -678,6 +680,9 @@ class Assignment:
                 released += entry.size
                 if entry.reserved:
                     budget.release_read(entry.reserved)
+        if example.timestamp >= 0:
+            labels = record_labels(self.topic, self.partition, example.offset, example.headers)
+            latency.exemplify(Exemplar(labels, max(0.0, now - example.timestamp / 1000), now))
         self._finish(finished, released)
 
     def dead_letter_acknowledged(self, tokens: Sequence[int]) -> None:

@@ -7,6 +7,8 @@
    from: the snapshot no longer has the partition, and the scrape no longer has the series.
 3. :class:`TierstreamCollector` puts both into the families of the :data:`CATALOGUE`, on a registry that is passed in.
 
+A histogram may name a record for each bucket, its *exemplar*: OpenMetrics has them, plain text has not.
+
 Unknown numbers (None) give no sample, as zero would be a lie. Labels are bounded: topics and partitions that are
 assigned, codes, reasons and kinds of this program; never an object key. All of this belongs to the event loop's
 thread: counting elsewhere, or scraping from another thread, is the caller's mistake.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import platform
+import re
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,9 +29,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from itertools import accumulate
-from typing import Any, Final, Literal, NotRequired, Protocol, TypeAlias, TypedDict, get_args
+from typing import Any, Final, Literal, NamedTuple, NotRequired, Protocol, TypeAlias, TypedDict, get_args
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CollectorRegistry, Metric, samples
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -217,6 +220,38 @@ GROUP_BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 
 """Seconds of commits, drains and waits for a reservation: ``rebalance.drain_timeout`` (25 s) is a bound."""
 
 
+EXEMPLAR_CHARACTERS_MAX: Final = 128
+"""Of all names and values of an exemplar's labels together. Source: OpenMetrics 1.0; a scraper may refuse all of it."""
+
+
+class Exemplar(NamedTuple):
+    """One observed value, and what it was observed of."""
+
+    labels: Mapping[str, str]
+    value: float
+    timestamp: float
+    """Seconds since the epoch."""
+
+
+def record_labels(
+    topic: str, partition: int, offset: int, headers: Iterable[tuple[str, bytes | None]]
+) -> dict[str, str]:
+    """Name a record in an exemplar, and its trace where its producer says which (``traceparent``).
+
+    Where that is too long it is the topic that is cut: ``tierstream inspect`` needs the other two.
+    """
+    labels = {"offset": str(offset), "partition": str(partition)}
+    for name, value in headers:
+        if name == "traceparent" and value is not None and (found := _TRACE_PARENT.fullmatch(value)) is not None:
+            labels["trace_id"] = found[1].decode()
+    room = EXEMPLAR_CHARACTERS_MAX - len("topic") - sum(len(name) + len(value) for name, value in labels.items())
+    return {"topic": topic[:room], **labels}
+
+
+_TRACE_PARENT: Final = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+"""Source: W3C Trace Context, version 00."""
+
+
 class Distribution:
     """Observed values in buckets, as cheap as plain Python allows; read at scrape time only.
 
@@ -224,13 +259,15 @@ class Distribution:
         bounds: Upper bounds of the buckets, inclusive, ascending; one more bucket is above them all.
     """
 
-    __slots__ = ("bounds", "buckets", "sum")
+    __slots__ = ("bounds", "buckets", "exemplars", "sum")
 
     def __init__(self, bounds: tuple[float, ...] = OPERATION_BOUNDS) -> None:
         self.bounds = bounds
         self.buckets = [0] * (len(bounds) + 1)
         """Values by bucket, *not* cumulative."""
         self.sum = 0.0
+        self.exemplars: dict[int, Exemplar] = {}
+        """By bucket, the newest."""
 
     def observe(self, value: float) -> None:
         """Count *value*. Clocks of other machines may make it negative: that counts as 0."""
@@ -238,6 +275,10 @@ class Distribution:
             value = 0.0
         self.buckets[bisect_left(self.bounds, value)] += 1
         self.sum += value
+
+    def exemplify(self, exemplar: Exemplar) -> None:
+        """Show *exemplar*, which has been observed, for its bucket; one for many values, as it costs more than they."""
+        self.exemplars[bisect_left(self.bounds, exemplar.value)] = exemplar
 
     @property
     def count(self) -> int:
@@ -702,8 +743,11 @@ class TierstreamCollector(Collector):
             scrape.value("tierstream_partition_paused", int(reason in paused_for), topic, partition, reason)
 
 
-PlainSample: TypeAlias = tuple[str, Mapping[str, str], float]
-"""Name, labels and value of a sample, such as ``("tierstream_commits_total", {"outcome": "success"}, 12)``."""
+PlainExemplar: TypeAlias = tuple[Mapping[str, str], float, float]
+"""Labels, value and timestamp of an exemplar."""
+
+PlainSample: TypeAlias = tuple[str, Mapping[str, str], float, PlainExemplar | None]
+"""Name, labels, value and exemplar of a sample: ``("tierstream_commits_total", {"outcome": "success"}, 12, None)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -728,7 +772,7 @@ def plain(families: Iterable[Metric]) -> list[PlainFamily]:
             family.name,
             family.type,
             family.documentation,
-            [(sample.name, sample.labels, sample.value) for sample in family.samples],
+            [(sample.name, sample.labels, sample.value, _plain_exemplar(sample.exemplar)) for sample in family.samples],
         )
         for family in families
     ]
@@ -739,10 +783,18 @@ def families_of(plain_families: Iterable[PlainFamily]) -> Collected:
     made = []
     for family in plain_families:
         metric = Metric(family.name, family.text, family.kind)
-        for name, labels, value in family.samples:
-            metric.add_sample(name, dict(labels), value)
+        for name, labels, value, exemplar in family.samples:
+            shown = _shown(Exemplar(*exemplar)) if exemplar is not None else None
+            metric.add_sample(name, dict(labels), value, exemplar=shown)
         made.append(metric)
     return made
+
+
+def _plain_exemplar(exemplar: samples.Exemplar | None) -> PlainExemplar | None:
+    if exemplar is None:
+        return None
+    assert exemplar.timestamp is not None, "ours have one"
+    return exemplar.labels, exemplar.value, float(exemplar.timestamp)
 
 
 def register_process(registry: CollectorRegistry) -> None:
@@ -773,7 +825,14 @@ class _Scrape:
         family = self.families[name]
         assert isinstance(family, HistogramMetricFamily)
         names = _bucket_names(distribution.bounds)
-        family.add_metric(labels, list(zip(names, accumulate(distribution.buckets), strict=True)), distribution.sum)
+        buckets: list[Any] = list(zip(names, accumulate(distribution.buckets), strict=True))
+        for bucket, exemplar in distribution.exemplars.items():
+            buckets[bucket] = (*buckets[bucket], _shown(exemplar))
+        family.add_metric(labels, buckets, distribution.sum)
+
+
+def _shown(exemplar: Exemplar) -> samples.Exemplar:
+    return samples.Exemplar(dict(exemplar.labels), exemplar.value, exemplar.timestamp)
 
 
 @cache

@@ -8,6 +8,7 @@ summed; the worst of the states; the newest of the errors.
 * Counters and histograms are summed over *every run of every process, also those that are over*: of each run the last
   known value is kept. Without that the sum would fall when a process dies or does not answer, and whoever computes a
   rate takes a counter that falls for one that began again at zero, and the whole rest of it for an increase.
+* Of exemplars the newest is shown, of the processes that answer.
 * Gauges are summed over the processes that answer, but for the few in :data:`COMBINED` whose sum says nothing.
 * Series with a partition are shown while some process shows them. A counter among them is summed as above: it goes on
   where it was when its partition moves from one process to another.
@@ -23,7 +24,7 @@ from operator import itemgetter
 from typing import Any, Final, TypeAlias
 
 from consumer.log import LAST_ERRORS_MAX
-from consumer.metrics import PlainFamily, PlainSample
+from consumer.metrics import PlainExemplar, PlainFamily, PlainSample
 
 COMBINED: Final[Mapping[str, Callable[[float, float], float]]] = {
     "tierstream_event_loop_lag_seconds": max,
@@ -130,6 +131,7 @@ class Tally:
     def merged(self, told: Mapping[Run, Iterable[PlainFamily]]) -> list[PlainFamily]:
         """Take the metrics of the runs that answered, and return those of all processes."""
         gauges: dict[Series, float] = {}
+        exemplars: dict[Series, PlainExemplar] = {}
         shown: set[Series] = set()
         families = {run: list(told[run]) for run in sorted(told)}
         owners = _owners(families)
@@ -140,6 +142,9 @@ class Tally:
                 for sample in family.samples:
                     series, value = _series(sample), sample[2]
                     self._family_of[series[0]] = family.name
+                    exemplar = sample[3]
+                    if exemplar is not None and (series not in exemplars or exemplars[series][2] < exemplar[2]):
+                        exemplars[series] = exemplar
                     partition = _partition(series)
                     if family.kind != "gauge":
                         counters[series] = value
@@ -157,7 +162,9 @@ class Tally:
         merged: dict[str, list[PlainSample]] = {name: [] for name in self._families}
         for series, value in [*gauges.items(), *sums.items()]:
             if series in gauges or series in shown or _partition(series) is None:
-                merged[self._family_of[series[0]]].append((series[0], dict(series[1]), value))
+                merged[self._family_of[series[0]]].append(
+                    (series[0], dict(series[1]), value, exemplars.get(series))
+                )
         return [PlainFamily(name, *self._families[name], samples) for name, samples in merged.items()]
 
 

@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import promql_parser
 import pytest
 import yaml
 
 from consumer.metrics import CATALOGUE
+from prometheus import RULES, expressions, panels, program, rules, selectors
 
 ROOT = Path(__file__).parents[2]
-CHART = ROOT / "helm" / "tierstream"
-RULES = CHART / "rules" / "tierstream.yaml"
 CASES = Path(__file__).with_name("rules_test.yaml")
 BY_PROMETHEUS = {"job", "namespace", "pod", "instance"}
 """Labels that come with the scrape."""
-
-
-def rules() -> list[dict[str, Any]]:
-    """All rules, recording ones first."""
-    groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
-    return [rule for group in groups for rule in group["rules"]]
-
-
-def panels() -> list[dict[str, Any]]:
-    """All panels of the dashboard but its rows."""
-    dashboard = json.loads((CHART / "dashboards" / "tierstream.json").read_text(encoding="utf-8"))
-    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
-
-
-def expressions() -> Iterator[tuple[str, str]]:
-    """Every expression, with where it stands."""
-    for rule in rules():
-        yield rule.get("alert") or rule["record"], rule["expr"]
-    for panel in panels():
-        for target in panel["targets"]:
-            yield panel["title"], target["expr"].replace("$__rate_interval", "5m")
-
-
-def selectors(expression: Any) -> Iterator[Any]:
-    """Every selector below an expression."""
-    if isinstance(expression, promql_parser.VectorSelector):
-        yield expression
-        return
-    for name in ("lhs", "rhs", "expr", "vector_selector", "selector"):
-        below = getattr(expression, name, None)
-        if below is not None:
-            yield from selectors(below)
-    for argument in getattr(expression, "args", None) or ():
-        yield from selectors(argument)
 
 
 @pytest.mark.parametrize(("place", "text"), list(expressions()))
@@ -103,13 +63,8 @@ def test_the_window_comes_first() -> None:
 
 @pytest.fixture(scope="module")
 def promtool() -> str:
-    """Prometheus' own checker; where it has to be there, its absence is a failure."""
-    found = shutil.which("promtool")
-    if found is None:
-        if os.environ.get("TIERSTREAM_REQUIRE_PROMETHEUS") == "1":
-            pytest.fail("TIERSTREAM_REQUIRE_PROMETHEUS=1, and promtool is not installed")
-        pytest.skip("promtool is not installed (Debian: apt install prometheus)")
-    return found
+    """Prometheus' own checker."""
+    return program("promtool")
 
 
 @pytest.mark.process

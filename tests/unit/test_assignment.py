@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,25 @@ class TestRecords:
         assert place.dead_letters.appended == []
         assert place.counts.totals()["records"] == 5
         assert place.counts.totals()["responses"] == 5
+
+    async def test_the_first_answer_of_a_batch_is_the_example_of_its_latency(self, make: MakeWorkplace) -> None:
+        """Contract 9: an exemplar leads from a slow bucket to the record; records without a time are none."""
+        place = make(TieredStorage(MemoryBackend(), MemoryBackend()))
+        assignment = place.assign(begin=7)
+        assignment.receive([fetched("get", 7 + at, "object") for at in range(4)])
+        assignment.receive([replace(fetched("get", 11, "object"), timestamp=-1)])
+        await until(lambda: len(place.responses.appended) == 5)
+
+        place.responses.acknowledge(2)
+        ((first, exemplar),) = place.counts.response_latency.exemplars.items()
+        place.responses.acknowledge(2)
+        ((_, newer),) = place.counts.response_latency.exemplars.items()
+        place.responses.acknowledge()
+
+        assert exemplar.labels == {"topic": "operations", "partition": "0", "offset": "7"}
+        assert newer.labels["offset"] == "9"
+        assert list(place.counts.response_latency.exemplars.values()) == [newer]
+        assert place.counts.response_latency.buckets[first] == 4
 
     async def test_what_is_finished_above_a_running_operation_does_not_move_the_watermark(
         self, make: MakeWorkplace

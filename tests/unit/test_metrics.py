@@ -17,7 +17,16 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from consumer import metrics
-from consumer.metrics import Counts, DebugState, Distribution, EventLoopLag, OldestState, PartitionState
+from consumer.metrics import (
+    Counts,
+    DebugState,
+    Distribution,
+    EventLoopLag,
+    Exemplar,
+    OldestState,
+    PartitionState,
+    record_labels,
+)
 
 CANARY = "CANARY-object-key"
 
@@ -231,6 +240,44 @@ def test_the_exposition_is_valid_in_the_strict_format_too(service: Service) -> N
 
     for name, definition in metrics.CATALOGUE.items():
         assert types[name.removesuffix("_total")] == definition.kind
+
+
+def test_exemplars_are_shown_where_the_format_has_them(service: Service) -> None:
+    """Contract 9: from a slow bucket to the record that was slow; plain text has no place for it."""
+    latency = service.counts.response_latency
+    for value in (0.2, 0.21, 100_000.0):
+        latency.observe(value)
+        latency.exemplify(Exemplar({"topic": "operations", "partition": "3", "offset": "1842"}, value, 1.7e9))
+
+    found = {
+        sample.labels["le"]: (sample.exemplar.labels, sample.exemplar.value, float(sample.exemplar.timestamp or 0))
+        for family in families(service)
+        for sample in family.samples
+        if sample.exemplar is not None
+    }
+    text = generate_latest(service.registry).decode()
+
+    labels = {"topic": "operations", "partition": "3", "offset": "1842"}
+    assert found == {"0.25": (labels, 0.21, 1.7e9), "+Inf": (labels, 100_000.0, 1.7e9)}
+    assert "1842" not in text
+    assert list(parse(text))
+
+
+@pytest.mark.parametrize("topic", ["operations", "t" * 249])
+@pytest.mark.parametrize("offset", [0, 2**63 - 1])
+@pytest.mark.parametrize("traced", [True, False])
+def test_what_an_exemplar_says_fits_whatever_the_record_is(topic: str, offset: int, traced: bool) -> None:
+    """OpenMetrics: 128 characters in all; one more, and a scraper may refuse everything. The topic gives way."""
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    headers = [("other", b"x"), ("traceparent", f"00-{trace_id}-b7ad6b7169203331-01".encode())]
+
+    labels = record_labels(topic, 2**31 - 1, offset, headers if traced else [("traceparent", b"no"), ("a", None)])
+
+    assert sum(len(name) + len(value) for name, value in labels.items()) <= 128
+    assert (labels["partition"], labels["offset"]) == (str(2**31 - 1), str(offset))
+    assert topic.startswith(labels["topic"])
+    assert len(labels["topic"]) >= min(len(topic), 30)
+    assert labels.get("trace_id") == (trace_id if traced else None)
 
 
 def test_no_creation_times_are_exposed(service: Service) -> None:

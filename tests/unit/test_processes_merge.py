@@ -17,6 +17,7 @@ from consumer.metrics import (
     Counts,
     Distribution,
     EventLoopLag,
+    Exemplar,
     PlainFamily,
     families_of,
     new_registry,
@@ -222,6 +223,23 @@ class TestMetrics:
         assert merged["tierstream_responses_total|get|200"] == 12
         assert merged["tierstream_responses_total|get|404"] == 1
 
+    def test_of_exemplars_the_newest_is_shown(self) -> None:
+        """One record for a bucket, of whichever process; the rest of it is as each of them tells it."""
+        first, second = Process(), Process()
+        for process, offset, value, at in ((first, 1, 0.2, 50.5), (second, 2, 0.2, 70.25), (second, 3, 0.7, 60.0)):
+            latency = process.counts.response_latency
+            latency.observe(value)
+            latency.exemplify(Exemplar({"offset": str(offset)}, value, at))
+
+        merged = Exposed(Tally().merged({FIRST: first.told(), SECOND: second.told()}))
+        text = generate_openmetrics(merged).decode()  # type: ignore[no-untyped-call]  # the vendor's
+
+        assert [line.partition(" # ")[2] for line in text.splitlines() if " # {" in line] == [
+            '{offset="2"} 0.2 70.25',
+            '{offset="3"} 0.7 60.0',
+        ]
+        assert list(parse_openmetrics(text))  # type: ignore[no-untyped-call]  # the vendor's
+
     def test_histograms_are_summed_bucket_by_bucket(self) -> None:
         first, second, both = Process(), Process(), Distribution(Counts().response_latency.bounds)
         for process, seconds in ((first, 0.003), (first, 0.2), (second, 0.2), (second, 9999.0)):
@@ -255,7 +273,7 @@ class TestMetrics:
     def test_what_a_sum_would_falsify_is_not_summed(self) -> None:
         def told(lag: float, start: float) -> list[PlainFamily]:
             gauges = {"tierstream_event_loop_lag_seconds": lag, "process_start_time_seconds": start}
-            return [PlainFamily(name, "gauge", "", [(name, {}, value)]) for name, value in gauges.items()]
+            return [PlainFamily(name, "gauge", "", [(name, {}, value, None)]) for name, value in gauges.items()]
 
         merged = samples(Tally().merged({FIRST: told(0.1, 1000.0), SECOND: told(0.3, 900.0)}))
 
@@ -265,7 +283,7 @@ class TestMetrics:
         merged = Tally().merged({FIRST: Process().told(), SECOND: Process().told()})
 
         (build,) = (family for family in merged if family.name == "tierstream_build_info")
-        ((_, labels, value),) = build.samples
+        ((_, labels, value, _),) = build.samples
         assert (labels["version"], value) == ("1.2.3", 1)
 
     def test_a_process_that_dies_takes_nothing_out_of_the_sums(self) -> None:

@@ -68,7 +68,7 @@ class Process:
 
     def answer(self, what: str) -> Any:
         totals = {**Counts().totals(), "records": self.records}
-        sample: PlainSample = ("tierstream_commits_total", {"outcome": "success"}, self.records)
+        sample: PlainSample = ("tierstream_commits_total", {"outcome": "success"}, self.records, None)
         answers = {
             PULSE: {"state": "running", "totals": totals},
             STATE: {
@@ -82,7 +82,7 @@ class Process:
             METRICS: [{"name": "tierstream_commits", "kind": "counter", "text": "", "samples": [sample]}],
         }
         if self.memory is not None:
-            sample = "process_resident_memory_bytes", {}, self.memory
+            sample = "process_resident_memory_bytes", {}, self.memory, None
             answers[METRICS] = [
                 {"name": "process_resident_memory_bytes", "kind": "gauge", "text": "", "samples": [sample]}
             ]
@@ -341,7 +341,8 @@ class TestShown:
         assert (await supervised.snapshot())["state"] == "running"
 
     async def test_the_supervisors_own_memory_is_part_of_the_sum(self, supervised: Supervised) -> None:
-        gauge = PlainFamily("process_resident_memory_bytes", "gauge", "", [("process_resident_memory_bytes", {}, 60.0)])
+        name = "process_resident_memory_bytes"
+        gauge = PlainFamily(name, "gauge", "", [(name, {}, 60.0, None)])
 
         class Own:
             def collect(self) -> Collected:
