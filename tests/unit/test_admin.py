@@ -560,6 +560,75 @@ async def test_a_client_that_never_asks_is_dropped(
     await server.stop()
 
 
+async def drip(writer: asyncio.StreamWriter, dripped: bytes, closed: asyncio.Task[bool]) -> None:
+    """Send *dripped*, again and again, until the other side has had enough."""
+    with contextlib.suppress(ConnectionError):
+        while not closed.done():
+            writer.write(dripped)
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    "begun", [b"GET /healthz?", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: "], ids=["line", "field"]
+)
+async def test_a_request_that_goes_on_for_ever_has_a_deadline_all_the_same(
+    service: Service, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    """A byte now and then is no sign of life: the request has to be whole in time (slow loris)."""
+    monkeypatch.setattr(admin, "IDLE_SECONDS", 0.1)
+    server = service.port()
+    reader, writer = await connect(await server.start(), begun)
+    closed = asyncio.create_task(is_closed(reader))
+
+    await drip(writer, b"x", closed)
+
+    assert await closed
+    await hang_up(writer)
+    await server.stop()
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"X-Many: y\r\n", b"x" * 1024],
+    ids=["fields without number", "a field without end"],
+)
+async def test_a_request_has_a_size_beyond_which_it_is_refused(
+    client: Client, service: Service, endless: bytes
+) -> None:
+    """Far below what would show in the memory of the process: refused before its time is over."""
+    reader, writer = await connect(client.port, b"GET /debug/state HTTP/1.1\r\nHost: x\r\nX-First: ")
+    answered = asyncio.create_task(reader.readline())
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while not answered.done() and sent < 1_000_000:
+            writer.write(endless)
+            await writer.drain()
+            await asyncio.sleep(0)
+            sent += len(endless)
+
+    async with asyncio.timeout(WAIT_SECONDS):
+        assert (await answered).startswith((b"HTTP/1.1 400", b"HTTP/1.1 431", b"HTTP/1.0 400"))
+    assert sent < 200_000
+    assert service.snapshots == 0
+    await hang_up(writer)
+
+
+async def test_a_body_without_end_is_not_read(client: Client, service: Service) -> None:
+    """Nothing here takes a body: the answer comes at once, and the connection ends though the body does not."""
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    reader, writer = await connect(client.port, head)
+    async with asyncio.timeout(WAIT_SECONDS):
+        answer = await reader.readuntil(b"OK\n")
+    closed = asyncio.create_task(is_closed(reader))
+
+    await drip(writer, b"400\r\n" + b"x" * 1024 + b"\r\n", closed)
+
+    assert b" 200 " in answer.splitlines()[0]
+    assert await closed
+    await hang_up(writer)
+
+
 async def test_a_client_that_does_not_read_is_cut_off(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that stays in our buffers would keep connection and memory for ever."""
     monkeypatch.setattr(admin, "SEND_SECONDS", 0.05)
