@@ -46,7 +46,7 @@ from consumer.budget import ByteBudget
 from consumer.codec import Decoded, OperationDecoder, ResponseEncoder
 from consumer.errors import DEAD_LETTER_CODES, AtCapacity, DecodeError, OperationPanic, TierstreamError, TooLarge
 from consumer.executor import OldestOperation, StreamExecutor
-from consumer.log import get_logger, key_digest
+from consumer.log import bind_task, get_logger, key_digest
 from consumer.metrics import UNKNOWN_KIND, Counts, Exemplar, OldestState, PartitionState, record_labels
 from consumer.offset_map import encode
 from consumer.offsets import DISTANCE_MAX, OffsetTracker, Run
@@ -407,6 +407,7 @@ class Assignment:
 
     async def _run(self) -> None:
         """One execution after another, each under its own reservation; usually a single one."""
+        bind_task(topic=self.topic, partition=self.partition, epoch=self.epoch)
         patience = RESERVE_BACKOFF_SECONDS
         while not self._ending and self.poison_limit is None:
             executor = self._executor or await self._reserve(patience)

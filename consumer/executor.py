@@ -102,6 +102,8 @@ class _Running(Progress):
 
     __slots__ = ("index", "operation", "started")
 
+    index: int
+
     def __init__(self, index: int, operation: Operation, started: float) -> None:
         super().__init__()
         self.index = index

@@ -121,6 +121,9 @@ class Progress:
 
     __slots__ = ("attempts", "blocked", "last_error")
 
+    index: int | None = None
+    """Its index, where it has one: the record's offset."""
+
     def __init__(self) -> None:
         self.attempts = 1
         """Attempts begun, the present one included."""
@@ -307,7 +310,10 @@ class Handler:
         self.blocked += 1
         progress.blocked = True
         if self.blocked == 1:
-            log.warning("storage unavailable, trying on", kind=operation.kind, code=failed.code, error=str(failed))
+            where = {} if progress.index is None else {"offset": progress.index}
+            log.warning(
+                "storage unavailable, trying on", **where, kind=operation.kind, code=failed.code, error=str(failed)
+            )
             if self._on_blocked is not None:
                 self._on_blocked(True)
         try:

@@ -6,6 +6,7 @@ The storage service is the real one, over storage with gates; the lanes acknowle
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
@@ -18,8 +19,10 @@ from consumer import assignment as assignment_module
 from consumer.codec import OperationDecoder
 from consumer.errors import BackendError, BackendUnavailable
 from consumer.ids import ObjectId
+from consumer.log import Event
 from consumer.offset_map import decode
 from consumer.operations import Metadata, Position, StoredObject
+from consumer.retry import RetryPolicy
 from consumer.storage.backend import Payload, Tombstone
 from consumer.storage.memory import MemoryBackend
 from consumer.storage.tiered import TieredStorage
@@ -423,6 +426,26 @@ class TestOutcomes:
         assert codes(place.responses.appended) == [code]
         assert bool(place.dead_letters.appended) is lettered
         assert assignment.watermark == 1
+
+    async def test_what_is_said_of_a_record_says_which_one_it_is(
+        self, make: MakeWorkplace, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Topic, partition, offset, epoch: also where it is said by code that knows nothing of partitions."""
+        storage = GatedStorage()
+        storage.failures["object-0"] = lambda: BackendUnavailable("later")
+        place = make(storage, retry=RetryPolicy(attempts=1, initial_seconds=0.001, max_seconds=0.001))
+        place.responses.acknowledge_always()
+        assignment = place.assign(partition=3)
+        with caplog.at_level(logging.WARNING, "consumer"):
+            assignment.receive([fetched("head", 7, "object-0")])
+            await until(lambda: "trying on" in caplog.text)
+        del storage.failures["object-0"]
+        await until(lambda: assignment.watermark == 8)
+
+        said = [record.msg for record in caplog.records if isinstance(record.msg, Event)]
+        (line,) = [event.fields for event in said if "trying on" in event.text]
+        expected = {"topic": "operations", "partition": 3, "offset": 7, "epoch": assignment.epoch}
+        assert {name: line.get(name) for name in expected} == expected
 
     async def test_a_response_that_does_not_fit_becomes_a_failure_that_says_so(self, make: MakeWorkplace) -> None:
         """Contract 2.2: `response_too_large`, 413; the object is there all the same."""
