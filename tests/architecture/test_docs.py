@@ -133,3 +133,11 @@ def test_metrics_named_in_the_documentation_are_exported() -> None:
     for page in PAGES:
         named = set(re.findall(r"tierstream_[a-z_]+[a-z]", page.read_text(encoding="utf-8")))
         assert {name for name in named if name not in CATALOGUE and not name.endswith("_")} <= {"tierstream_yaml"}, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_that_are_named_as_evidence_are_there(page: Path) -> None:
+    """A claim whose test was renamed away has nothing under it."""
+    named = re.findall(r"\btests/[\w/]+\.py\b", page.read_text(encoding="utf-8"))
+
+    assert [path for path in named if not (ROOT / path).is_file()] == []
