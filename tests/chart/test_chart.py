@@ -189,6 +189,15 @@ def test_the_pod_has_no_more_rights_than_it_needs(case: Path) -> None:
     }
 
 
+def test_a_renewed_secret_reaches_a_pod_that_runs() -> None:
+    """As a whole folder: a file mounted by `subPath` stays for ever what it was when the pod began."""
+    (container,) = pod(render(values_of(CHART / "ci" / "cloud-values.yaml")))["containers"]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+
+    assert {"/etc/tierstream-tls", "/run/secrets/tierstream"} <= mounts.keys()
+    assert [path for path, mount in mounts.items() if "subPath" in mount or "subPathExpr" in mount] == []
+
+
 def test_a_change_of_settings_changes_the_pods() -> None:
     """The ConfigMap's checksum stands in the pods' annotations."""
 
