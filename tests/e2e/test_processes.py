@@ -10,6 +10,7 @@ import os
 import signal
 import sqlite3
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -247,6 +248,8 @@ def test_operators_see_one_service(embedded: Broker, set_stage: SetStage) -> Non
 
     top, why, health = ask("top"), json.loads(ask("why", "--json")), ask("health")
     page = service.get("/")[1]
+    with urllib.request.urlopen(service.admin + "/events", timeout=20) as events:
+        live = next(line for line in events if line.startswith(b"data: ")).decode()
     log = service.log_lines()
     service.stop()
 
@@ -255,7 +258,8 @@ def test_operators_see_one_service(embedded: Broker, set_stage: SetStage) -> Non
     assert top.count(f"{stage.ledger.input}/") == PARTITIONS
     assert [row["partition"] for row in why] == list(range(PARTITIONS))
     assert health.strip() == "ready"
-    assert "<title>" in page
+    assert page.count('role="rowheader"') == live.count('role=\\"rowheader\\"') == PARTITIONS
+    assert "of 1,000" in page, "the permits of both"
     told = {line.get("process") for line in log if line["logger"].startswith("consumer.kafka")}
     assert told == {1, 2}, "no line of a process is without its number"
     supervised = [line for line in log if line["logger"] == "consumer.processes.supervisor"]
