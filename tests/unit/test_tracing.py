@@ -84,10 +84,13 @@ async def make(spans: Spans) -> AsyncIterator[Make]:
     """A maker of traced workplaces; when all is over no record may still be remembered."""
     places: list[Workplace] = []
 
-    def make(storage: Any, tracing: Tracing | None = None, retry: RetryPolicy | None = None) -> Workplace:
+    def make(
+        storage: Any, tracing: Tracing | None = None, retry: RetryPolicy | None = None, **changes: Any
+    ) -> Workplace:
         tracing = tracing or spans.tracing
         place = Workplace(
             storage,
+            changes=changes,
             retry=retry,
             make_assignment=tracing.assignment("responses", 2),
             make_handler=tracing.handler(),
@@ -225,6 +228,18 @@ async def test_each_attempt_is_a_span_and_an_error_is_told_by_its_code(make: Mak
     ]
     (processing,) = spans.named("process operations")
     assert processing.status.status_code is StatusCode.UNSET
+
+
+async def test_an_insert_that_is_given_a_random_key_is_the_same_operation(make: Make, spans: Spans) -> None:
+    """`storage.key_generation: random`: what is executed is another object than what was decoded."""
+    place = make(GatedStorage(), derive_keys=False)
+    place.responses.acknowledge_always()
+    assignment = place.assign()
+
+    assignment.receive([fetched("insert", 0, None)])
+    await until(lambda: assignment.watermark == 1)
+
+    assert spans.tree("process operations") == {"insert": {}, "send responses": {}}
 
 
 async def test_operations_that_run_side_by_side_keep_their_requests_apart(make: Make, spans: Spans) -> None:
