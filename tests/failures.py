@@ -307,7 +307,7 @@ class InheritedChanges(Failing, MemoryChangeLog):
         return await super().recoverable(after)
 
     def _is_recoverable(self, change: Change) -> bool:
-        return change.change_id in self.inherited
+        return super()._is_recoverable(change) or (change.not_before is None and change.change_id in self.inherited)
 
 
 class DurableLog(MemoryChangeLog):

@@ -22,9 +22,10 @@ revision too many: the new one if the swap failed, the old one if it succeeded. 
      what the row points to, so it is current. Done: no swap can bring it back, whoever is still about to send one; the
      row is read, and what it points to, if anything, is current (LOG-10).
 2. Remove the old revision if it is not current, the new one if it is not current, then the entry.
-   * The old one is current, nobody knows what became of the swap, and it has no new one that could be forbidden: it
-     may still arrive, from a request that timed out or a process that was paused. The entry is recorded again, to be
-     looked at when no swap is that late any more (:data:`~consumer.storage.metadata.FORBIDDEN_FOR`).
+   * Something may still be on its way that leaves one of them to nobody: a swap that has no new revision to be
+     forbidden by, from a request that timed out or a process that was paused; or the upload of one that was taken for
+     dead. The entry is recorded again, naming that one, to be cleaned up when nothing is that late any more
+     (:data:`~consumer.storage.metadata.FORBIDDEN_FOR`).
    * Readers may have been referred to one of them (a retention is set, and a row may have pointed to it): the entry is
      recorded again, naming only what is kept, to be cleaned up when the retention is over. From then on it is nobody's:
      the recovery of whichever process lives at that time removes it, so that waiting costs neither tasks nor memory,
@@ -45,9 +46,6 @@ Recovery only removes; it never finishes an operation. It sees no entry that is 
 **Join**: no clean-up is waited for longer than :data:`JOIN_SECONDS`, nor tried more than :data:`JOIN_ATTEMPTS` times
 more. What is left then stays in the log for the next start, and a warning says so (TIER-13, TIER-17). Recovery finishes
 what it has claimed, and claims no more.
-
-What remains possible: a process that stalls past its lease in the middle of an upload, resumes, uploads, and dies
-before its clean-up, leaves a revision that no entry names. No object is harmed; a scan of the long-term tier finds it.
 
 Multipart uploads do not exist here, and so neither does their phase *assembling*.
 """
@@ -96,6 +94,8 @@ comes before the old lease (30 s) is over. With this its orphans go within a min
 CANCEL_SECONDS = 1.0
 """How long a join waits for the clean-ups it has cancelled: a backend in a thread answers late, a loop turn is enough
 for all others."""
+
+NO_TIME = timedelta(0)
 
 STUBBORN = 5
 """Failures after which a clean-up is worth a warning: about a second of trying."""
@@ -371,18 +371,17 @@ class Changes:
                 left_over = revision is change.new or phase is ChangePhase.RECOVERED
                 if self._counts is not None and left_over and change.not_before is None:
                     self._counts.orphans_removed += 1
-            if self._retention is not None and kept:
-                new = change.new if change.new in kept else None
-                old = change.old if change.old in kept else None
-                await self._postpone(change, new, old, self._retention)
-            elif self._may_be_swapped_late(change, phase, current):
-                await self._postpone(change, None, change.old, FORBIDDEN_FOR)
-            else:
+            late = self._may_be_late(change, phase, current)
+            if not kept and not late:
                 await self.log.remove(change.change_id)
-
-    async def _postpone(self, change: Change, new: Revision | None, old: Revision | None, wait: timedelta) -> None:
-        """Let the entry name *new* and *old* from now on, and be nobody's until *wait* is over."""
-        await self.log.record(Change(change.change_id, change.object_id, new, old, self._clock() + wait))
+                return
+            named = {*kept, *late}
+            new = change.new if change.new in named else None
+            old = change.old if change.old in named else None
+            wait = FORBIDDEN_FOR if late else NO_TIME
+            if kept and self._retention is not None:
+                wait = max(wait, self._retention)
+            await self.log.record(Change(change.change_id, change.object_id, new, old, self._clock() + wait))
 
     def _may_be_read(self, change: Change, phase: ChangePhase, revision: Revision) -> bool:
         """Tell whether somebody may still read *revision*, no longer current, because a response has referred to it."""
@@ -392,13 +391,18 @@ class Changes:
         return revision is not change.new or phase not in {ChangePhase.RECORDED, ChangePhase.LOST}
 
     @staticmethod
-    def _may_be_swapped_late(change: Change, phase: ChangePhase, current: Revision | None) -> bool:
-        """Tell whether a swap of *change* may still come and leave its old revision, current by now, to nobody.
+    def _may_be_late(change: Change, phase: ChangePhase, current: Revision | None) -> list[Revision]:
+        """Return what something of *change* that is still on its way may yet leave to nobody.
 
-        One to a new revision is forbidden; one to something inline, or to nothing, has no name to forbid it by.
+        * Its old revision, current by now: a swap to something inline, or to nothing, has no name to forbid it by.
+        * Its new one, by an upload: that of a process which was taken for dead, and dies before it can clean up.
         """
-        unknown = phase in {ChangePhase.WRITTEN, ChangePhase.RECOVERED} and change.not_before is None
-        return unknown and change.new is None and change.old is not None and change.old == current
+        if change.not_before is not None:
+            return []
+        if change.new is None:
+            unknown = phase in {ChangePhase.WRITTEN, ChangePhase.RECOVERED}
+            return [change.old] if unknown and change.old is not None and change.old == current else []
+        return [change.new] if phase is ChangePhase.RECOVERED and change.new != current else []
 
     async def _current(self, change: Change, phase: ChangePhase) -> Revision | None:
         """Tell which revision the row points to, if any, now and for any swap of *change* still on its way (LOG-8)."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pytest
 
 from consumer.errors import BackendUnavailable
 from consumer.ids import ObjectId
-from consumer.operations import Metadata, StoredObject
+from consumer.operations import Metadata, Position, StoredObject
 from consumer.storage.backend import ChangeLog, HighVolumeBackend, Removal, Revision, Tombstone
 from consumer.storage.memory import MemoryBackend
 from consumer.storage.tiered import TieredStorage
@@ -46,6 +46,42 @@ class Unfenced:
         return getattr(self._backend, name)
 
 
+class Halt:
+    """Where a process stands still: before its call number *at* to any backend, those of its clean-ups included."""
+
+    def __init__(self, at: int) -> None:
+        self.reached = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self._left = at
+
+    async def step(self) -> None:
+        """Be at the next call."""
+        self._left -= 1
+        if self._left == 0:
+            self.reached.set()
+        if self.reached.is_set():  # a process that stands still does so as a whole
+            await self.go_on.wait()
+
+
+class Halting:
+    """A backend of a process that halts."""
+
+    def __init__(self, backend: object, halt: Halt) -> None:
+        self._backend = backend
+        self._halt = halt
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._backend, name)
+        if name in {"join", "close", "owner"}:
+            return method
+
+        async def call(*given: Any) -> Any:
+            await self._halt.step()
+            return await method(*given)
+
+        return call
+
+
 @dataclass
 class Process:
     """The storage of one process: rows and changes are shared with the other, revisions too."""
@@ -65,12 +101,15 @@ class Scene:
         self.open_parts = open_parts
         self._fenced = fenced
 
-    async def start(self, owner: str, long_term: MemoryBackend | None = None) -> Process:
+    async def start(
+        self, owner: str, long_term: MemoryBackend | None = None, halt: Halt | None = None
+    ) -> Process:
         """Start a process."""
         high_volume, change_log = await self.open_parts(owner)
-        storage = TieredStorage(
-            self._fenced(high_volume), long_term or self.revisions, change_log, THRESHOLD, clock=self.clock
-        )
+        parts: list[Any] = [self._fenced(high_volume), long_term or self.revisions, change_log]
+        if halt is not None:
+            parts = [Halting(part, halt) for part in parts]
+        storage = TieredStorage(parts[0], parts[1], parts[2], THRESHOLD, clock=self.clock)
         self.processes.append(Process(high_volume, change_log, storage))
         return self.processes[-1]
 
@@ -196,6 +235,73 @@ async def test_a_recovery_killed_halfway_is_done_again_by_the_next(scenes: Calla
         await putting
     assert revisions(scene.revisions) == set()
     assert await recoverer.high_volume.compare_and_write(an_id(), None, Removal())
+
+
+RECORDS = {"insert large": NEW, "insert small": NEW[:5], "delete": None}
+HALTS_MAX = 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taken_for_dead", [True, False], ids=["taken for dead", "alive"])
+@pytest.mark.parametrize("record", RECORDS)
+async def test_a_record_run_by_two_members_leaves_one_object_and_nothing_else(
+    scenes: Callable[..., Scene], an_id: AnId, record: str, *, taken_for_dead: bool
+) -> None:
+    """The zombie that runs what another has been given: halted before each of its calls in turn, then let go on.
+
+    Names of revisions are not derived from the record: each run uploads under its own, and the change log sees to it
+    that what comes to nothing goes, whichever of the two is later (docs/storage.md).
+    """
+    wanted, position = RECORDS[record], Position("topic/0", 2)
+
+    async def run_record(process: Process, whose: ObjectId) -> None:
+        if wanted is None:
+            await process.storage.delete(whose, position)
+        else:
+            await process.storage.put(whose, Metadata(), wanted, position)
+
+    async def run_and_clean_up(process: Process, whose: ObjectId) -> None:
+        try:
+            await run_record(process, whose)
+        except BackendUnavailable:  # refused, as it was taken for dead; the service tries again
+            await run_record(process, whose)
+        await process.storage.join()
+
+    scene = scenes()
+    for at in range(1, HALTS_MAX):
+        whose = an_id(f"object {at}")
+        other = await scene.start("other")
+        await other.storage.put(whose, Metadata(), OLD, Position("topic/0", 1))
+        halt = Halt(at)
+        zombie = await scene.start("zombie", halt=halt)
+        running = asyncio.create_task(run_and_clean_up(zombie, whose))
+        reached = asyncio.create_task(halt.reached.wait())
+        await asyncio.wait({running, reached}, return_when=asyncio.FIRST_COMPLETED)
+        over = not halt.reached.is_set()
+        reached.cancel()
+        if taken_for_dead:
+            scene.clock.advance(31)
+        await run_record(other, whose)
+        await other.storage.recover()
+
+        halt.go_on.set()
+        await running
+        await other.storage.join()
+        scene.clock.advance(86_401)  # when no swap can be on its way any more
+        for process in (other, zombie):
+            await process.storage.recover()
+
+        found = await other.storage.get(whose)
+        assert (None if found is None else found.payload) == wanted, at
+        row = await other.high_volume.head_tiered(whose)
+        assert revisions(scene.revisions) == ({row.target.name} if isinstance(row, Tombstone) else set()), at
+        assert [change async for _, change in cast("Any", other.change_log).scan_changes()] == [], at
+        scene.revisions._revisions.clear()
+        if over:
+            break
+    else:
+        pytest.fail("void: there was no end to it")
+    assert at > 5
 
 
 async def payload(process: Process, whose: ObjectId) -> object:

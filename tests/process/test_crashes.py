@@ -134,7 +134,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 UNFINISHED = "SELECT count(*) FROM change_log_entries WHERE not_before IS NULL"
-"""What waits for its time names the row's own revision, and is there for a swap that may still arrive."""
+"""What waits for its time is there for a swap, or an upload, that may still arrive."""
 
 
 class Story:

@@ -125,7 +125,7 @@ class Scene:
             await storage.join()
         finally:
             await storage.close()
-        assert not entries
+        assert all(change.not_before is not None for change in entries.values()), "an unfinished change"
         targets = [row.target.name for row in rows.values() if isinstance(row, Tombstone)]
         expected = {f"{'/'.join(revision_path(name))}.{suffix}" for name in targets for suffix in ("payload", "json")}
         assert files(folder) == expected
