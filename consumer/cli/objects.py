@@ -604,10 +604,10 @@ class StorageCheck:
         return [found for found, metadata in zip(group, there, strict=True) if metadata is None]
 
     async def _unfinished(self) -> set[Revision]:
-        """Return what unfinished changes name."""
+        """Return what changes name: unfinished ones, and those that only wait for their time, which are not counted."""
         named: set[Revision] = set()
         async for _, change in _each(_scan(self._change_log, "scan_changes")):
-            self._report.changes += 1
+            self._report.changes += change.not_before is None
             named |= {revision for revision in (change.new, change.old) if revision is not None}
         return named
 
