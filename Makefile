@@ -28,10 +28,10 @@ BENCH_ARGS ?=
 TEST_ARGS ?=
 UV ?= uv
 
-.PHONY: help demo test lint bench bench-peers soak sbom docs picture clean lock
+.PHONY: help demo test lint bench bench-peers bench-storage soak sbom docs picture clean lock
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo-ready ## stream real files through the whole service on an embedded broker, and check the result
 	@echo "==> running the demo: embedded broker, sqlite and filesystem tiers in a temporary folder"
@@ -57,6 +57,10 @@ bench-peers: $(VENV)/.dev-ready ## compare with other Kafka consumers, given the
 	@test -n "$(PEERS)" || { echo "hint: make bench-peers PEERS=/folder/of/the/peers" >&2; exit 2; }
 	@echo "==> comparing with the peers"
 	PYTHONPATH=tests $(PY) tests/peers/bench.py --source $(PEERS) $(BENCH_ARGS)
+
+bench-storage: $(VENV)/.dev-ready ## what storage takes, beside a bare loop over the same client: BENCH_ARGS=sqlite, bigtable or gcs
+	@echo "==> measuring storage"
+	PYTHONPATH=tests $(PY) tests/storage_bench.py $(BENCH_ARGS)
 
 soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_OPERATIONS (10000000), SOAK_KILLS (500), SOAK_STORM_MINUTES, SOAK_MINUTES (20), SOAK_SEED
 	@echo "==> soaking: the storage's model, kills, a storm of rebalances, everything mixed"

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -50,19 +51,13 @@ def strict_gcs() -> Iterator[StrictGcs]:
         yield server
 
 
-@pytest.fixture(scope="session")
-def fake_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewBucket]:
-    """Run the emulator for all tests that ask for it, and lend a way to make buckets."""
-    binary = fake_gcs_binary()
-    if binary is None:
-        reason = f"no fake-gcs-server for {sys.platform} {platform.machine()} in the test environment"
-        if os.environ.get("TIERSTREAM_REQUIRE_GCS") == "1":
-            pytest.fail(f"{reason}, and TIERSTREAM_REQUIRE_GCS=1", pytrace=False)
-        pytest.skip(reason)
+@contextmanager
+def running_fake_gcs(binary: Path, folder: Path) -> Iterator[NewBucket]:
+    """Run the emulator for the block; what it says goes into *folder*."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     endpoint = f"http://127.0.0.1:{port}"
-    said = tmp_path_factory.mktemp("fake-gcs-server") / "stderr"
+    said = folder / "stderr"
     options = ("-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory", "-log-level", "error")
     # What it says goes to a file: a pipe that nobody reads would fill up and stop it.
     with said.open("wb") as errors:
@@ -82,6 +77,19 @@ def fake_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewBucket]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def fake_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewBucket]:
+    """Run the emulator for all tests that ask for it, and lend a way to make buckets."""
+    binary = fake_gcs_binary()
+    if binary is None:
+        reason = f"no fake-gcs-server for {sys.platform} {platform.machine()} in the test environment"
+        if os.environ.get("TIERSTREAM_REQUIRE_GCS") == "1":
+            pytest.fail(f"{reason}, and TIERSTREAM_REQUIRE_GCS=1", pytrace=False)
+        pytest.skip(reason)
+    with running_fake_gcs(binary, tmp_path_factory.mktemp("fake-gcs-server")) as new_bucket:
+        yield new_bucket
 
 
 def _wait_until_it_listens(process: subprocess.Popen[bytes], endpoint: str, said: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from brokers import Broker
 from ledger import Ledger
+from long_term import Payloads, payloads_of
 from service_process import ServiceProcess, settings
 
 RESPONSE_BYTES = 600_000
@@ -30,6 +31,11 @@ class Stage:
         """The consumer group."""
         group: str = self.config["kafka"]["group_id"]
         return group
+
+    @property
+    def payloads(self) -> Payloads:
+        """The long-term tier, as others see it."""
+        return payloads_of(self.config["storage"]["long_term"])
 
     def start(
         self,

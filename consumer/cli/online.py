@@ -11,17 +11,20 @@ import base64
 import os
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from consumer.certificates import trusting
 from consumer.config import Config, SchemaRegistry, format_size
-from consumer.errors import ConfigError
+from consumer.errors import ConfigError, TierstreamError
 from consumer.kafka.topics import Cluster, ClusterRefusal, ClusterUnavailable, Topic, is_compacted, needed_topics
 
 REGISTRY_SECONDS: Final = 5.0
+
+STORAGE_SECONDS: Final = 30.0
+"""For each part of storage: three attempts of a backend, and credentials before them."""
 
 DEAD_LETTER_OVERHEAD_BYTES: Final = 64 * 1024
 """Key and headers beside a value of ``limits.record_bytes``."""
@@ -183,7 +186,33 @@ def _storage(config: Config) -> Iterator[Check]:
         elif part.type == "memory":
             yield Check(label, True, "nothing to check; objects are gone with the process")
         else:
-            yield Check(label, None, "would need requests with the service's own rights: `tierstream storage init`")
+            yield asyncio.run(_reachable(label, name, part))
+
+
+async def _reachable(label: str, name: str, part: Any) -> Check:
+    """Ask a cloud for what the service asks for when it opens its storage: table, families, bucket, and rights to them.
+
+    Bigtable is asked with a write that changes nothing. A bucket is listed; writing to it would leave something.
+    """
+    from consumer.storage.factory import make_change_log, make_high_volume, make_long_term, open_parts
+
+    makers: dict[str, Callable[[Any], Any]] = {
+        "high_volume": make_high_volume,
+        "long_term": make_long_term,
+        "change_log": make_change_log,
+    }
+    try:
+        async with asyncio.timeout(STORAGE_SECONDS):
+            made = makers[name](part)
+            try:
+                await open_parts(made)
+            finally:
+                await made.close()
+    except (TierstreamError, TimeoutError) as error:
+        return Check(label, False, str(error) or f"no answer within {STORAGE_SECONDS:g} s")
+    if name == "long_term":
+        return Check(label, True, f"bucket {part.bucket} can be listed; that it can be written to is not checked")
+    return Check(label, True, f"table {part.table} and its families are there and can be written to")
 
 
 def _writable(label: str, path: Path, *, folder: bool) -> Check:

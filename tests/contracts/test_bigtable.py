@@ -34,6 +34,9 @@ AnId: TypeAlias = Callable[..., ObjectId]
 
 A, B = Revision("attachments/objects/k/A"), Revision("attachments/objects/k/B")
 
+NOBODY = {"bootstrap_servers": ["127.0.0.1:1"]}
+"""Brokers that are not there."""
+
 WAIT_SECONDS = 30.0
 """Longest wait for what happens in the background."""
 
@@ -859,6 +862,8 @@ class TestTable:
         refused = tierstream("storage", "head", "u/objects/k", config=config)
         assert refused.code != 0
         assert "tierstream storage init" in refused.err
+        asked = tierstream("check-config", "--online", config=config | {"kafka": NOBODY})
+        assert "FAILED       storage.high_volume (bigtable): bigtable: the table or one of" in asked.out
 
         dry = tierstream("storage", "init", "--dry-run", config=config)
         assert "would be created" in dry.out
@@ -866,6 +871,10 @@ class TestTable:
         assert (first.code, made.code) == (0, 0), first.err + made.err
         place = "/".join(section[name] for name in ("project", "instance", "table"))
         assert made.json["parts"][0] == {"part": "high_volume", "type": "bigtable", "where": place}
+
+        asked = tierstream("check-config", "--online", "--json", config=config | {"kafka": NOBODY}).json
+        found = {check["check"]: check["ok"] for check in asked["checks"] if "bigtable" in check["check"]}
+        assert found == {"storage.high_volume (bigtable)": True, "storage.change_log (bigtable)": True}
 
         assert "there is no object" in tierstream("storage", "head", "u/objects/k", config=config).err
         assert tierstream("storage", "verify", "--json", config=config).code == 0

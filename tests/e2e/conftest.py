@@ -11,8 +11,16 @@ import pytest
 
 from bigtable_emulator import Emulator
 from brokers import Broker, apache_source, maven_broker, tail, unused_port
+from clouds import Clouds
+from gcs_servers import NewBucket
 from proxy import Proxy
 from stages import RESPONSE_BYTES, SetStage, Stage, set_up
+
+
+@pytest.fixture(scope="session")
+def clouds(bigtable_emulator: Emulator, fake_gcs: NewBucket) -> Clouds:
+    """Storage that needs no disk: rows and change log in Bigtable's emulator, payloads in fake-gcs-server."""
+    return Clouds(bigtable_emulator, fake_gcs)
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +32,11 @@ def storage_of_the_run(request: pytest.FixtureRequest) -> Callable[[], dict[str,
         case "bigtable":
             emulator: Emulator = request.getfixturevalue("bigtable_emulator")
             return lambda: {"storage": emulator.storage()}
+        case "bigtable+gcs":
+            clouds: Clouds = request.getfixturevalue("clouds")
+            return lambda: {"storage": clouds.storage()}
         case unknown:
-            pytest.exit(f"TIERSTREAM_TEST_STORAGE is sqlite or bigtable, not {unknown}", 4)
+            pytest.exit(f"TIERSTREAM_TEST_STORAGE is sqlite, bigtable or bigtable+gcs, not {unknown}", 4)
 
 
 @pytest.fixture
@@ -68,7 +79,7 @@ def stage(
 ) -> Iterator[Stage]:
     """A running service with the suite's usual configuration, shared by all tests that only send and receive.
 
-    Two partitions; payload references allowed below ``stage.folder/"uploads"`` and used in large responses.
+    Two partitions; payload references allowed below ``stage.folder/"uploads"``, none given in responses.
     """
     known = _standing.get(broker.kind)
     if known is None or known.processes[-1].process.poll() is not None:
@@ -80,7 +91,7 @@ def stage(
             2,
             2,
             limits={"response_bytes": RESPONSE_BYTES, "record_bytes": "800KB", "object_bytes": "8MiB"},
-            references={"allowed_prefixes": [(folder / "uploads").as_uri() + "/"]},
+            references={"allowed_prefixes": [(folder / "uploads").as_uri() + "/"], "in_responses": "never"},
             **storage_of_the_run(),
         )
         _standing[broker.kind] = known

@@ -8,7 +8,7 @@ import uuid
 import zlib
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import google_crc32c
 import pytest
@@ -43,7 +43,7 @@ def giving_references(set_stage: SetStage, broker: Broker, **references: Any) ->
         references={"in_responses": "always", **references},
     )
     allowed = stage.config["references"]
-    allowed["allowed_prefixes"] = [stage.folder.as_uri() + "/"]
+    allowed["allowed_prefixes"] = [stage.folder.as_uri() + "/", stage.payloads.prefix]
     return stage
 
 
@@ -54,15 +54,12 @@ def upload(stage: Stage, payload: bytes) -> dict[str, Any]:
     return {"uri": path.as_uri(), "size": len(payload), "crc32c": google_crc32c.value(payload)}
 
 
-def referred(answer: Any) -> tuple[Path, dict[str, Any]]:
-    """Return the file that the payload of a get points to, and the reference; checks what it says of the file."""
+def referred(stage: Stage, answer: Any) -> tuple[bytes, dict[str, Any]]:
+    """Return the payload that the answer to a get refers to, and the reference; checks what it says of the payload."""
     reference = answer.result["object"]["payload"]
-    parts = urlsplit(reference["uri"])
-    assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == ("file", "", "", "")
-    path = Path(unquote(parts.path))
-    content = path.read_bytes()
+    content = stage.payloads.read(reference["uri"])
     assert (reference["size"], reference["crc32c"]) == (len(content), google_crc32c.value(content))
-    return path, reference
+    return content, reference
 
 
 @pytest.mark.parametrize("size", [RESPONSE_BYTES, 900_000, MIB + 1, 3_000_000])
@@ -76,14 +73,15 @@ def test_a_payload_that_fits_no_response_is_given_by_reference(
     ledger.answer(ledger.operate("insert", key, upload(stage, noise(size)), content_type="text/x", statuses={201}))
 
     got = ledger.answer(ledger.operate("get", key, statuses={200}))
-    path, reference = referred(got)
+    payload, reference = referred(stage, got)
     ledger.answer(ledger.operate("insert", copy, reference, statuses={201}))
     again = ledger.answer(ledger.operate("get", copy, statuses={200}))
 
-    assert path.read_bytes() == noise(size) == referred(again)[0].read_bytes()
+    assert payload == noise(size) == referred(stage, again)[0]
     assert (got.result["object"]["metadata"]["size"], reference["size"]) == (size, size)
     assert got.result["object"]["metadata"]["content_type"] == "text/x"
-    assert ("responses%2F" in str(path)) == (size <= MIB), "inline objects are copied, others are not"
+    copied = "responses/" in unquote(unquote(reference["uri"]))
+    assert copied == (size <= MIB), "inline objects are copied, others are not"
 
 
 def test_a_payload_that_fits_is_never_given_by_reference(broker: Broker, set_stage: SetStage) -> None:
@@ -106,29 +104,31 @@ def test_what_was_referred_to_outlives_its_object_for_the_retention_and_then_goe
     stage = giving_references(set_stage, apache, retention="20s")
     service = stage.start(partitions=2)
     ledger, replaced, deleted = stage.ledger, fresh("replaced"), fresh("deleted")
-    paths = []
+    uris = []
     for key in (replaced, deleted):
         ledger.answer(ledger.operate("insert", key, upload(stage, noise(MIB + 1)), statuses={201}))
-        paths.append(referred(ledger.answer(ledger.operate("get", key, statuses={200})))[0])
+        uris.append(referred(stage, ledger.answer(ledger.operate("get", key, statuses={200})))[1]["uri"])
 
     ledger.answer(ledger.operate("insert", replaced, b"small", statuses={201}))
     ledger.answer(ledger.operate("delete", deleted, statuses={204}))
     gone_at = time.monotonic()
     service.kill()
     stage.start(partitions=2)
-    there = [path.read_bytes() == noise(MIB + 1) for path in paths]
+    there = [stage.payloads.read(uri) == noise(MIB + 1) for uri in uris]
 
     assert there == [True, True] or time.monotonic() - gone_at > 20, "removed before the retention was over"
-    wait_until(lambda: not any(path.exists() for path in paths), 90, "the revisions to be removed")
+    there_still = stage.payloads.size
+    wait_until(lambda: all(there_still(uri) is None for uri in uris), 90, "the revisions to be removed")
     assert time.monotonic() - gone_at >= 20
     service = stage.processes[-1]
     service.wait(lambda: service.state()["storage"]["change_log_entries"] == 0, "the change log to be empty")
-    assert not list((stage.folder / "objects").rglob("*.payload"))
+    assert stage.payloads.sizes() == []
 
 
 def test_another_base_may_stand_for_the_folder(broker: Broker, set_stage: SetStage) -> None:
-    """`references.base_uri` replaces the file:// root; what follows is the path below it."""
+    """`references.base_uri` replaces the file:// root; what follows is the path below it. Only a folder needs that."""
     stage = giving_references(set_stage, broker, base_uri="https://files.example/large")
+    stage.config["storage"]["long_term"] = {"type": "filesystem", "path": str(stage.folder / "objects")}
     stage.start(partitions=2)
     key = fresh()
     stage.ledger.answer(stage.ledger.operate("insert", key, upload(stage, noise(MIB + 1)), statuses={201}))
@@ -175,7 +175,7 @@ def test_a_referenced_payload_is_never_wholly_in_memory(broker: Broker, set_stag
     assert peak_kib(service) - before < 48 * 1024
     given = got.result["object"]["payload"]
     assert (given["size"], given["crc32c"]) == (size, crc32c)
-    assert Path(unquote(urlsplit(given["uri"]).path)).stat().st_size == size
+    assert stage.payloads.size(given["uri"]) == size
 
 
 def test_a_record_larger_than_a_fetch_is_answered_and_does_not_stop_its_partition(

@@ -286,20 +286,13 @@ def test_objects_of_both_tiers_travel_inline_where_the_limits_allow(apache: Brok
     )
     stage.start(partitions=2)
     ledger, key = stage.ledger, fresh()
-    long_term = stage.folder / "objects"
-
-    def large_files() -> list[int]:
-        return sorted(
-            path.stat().st_size for path in long_term.rglob("*") if path.is_file() and path.stat().st_size >= MIB
-        )
-
     for size in (MIB, MIB + 1, 3_000_000, 10):
         ledger.answer(ledger.operate("insert", key, noise(size), statuses={201}))
         got = ledger.answer(ledger.operate("get", key, statuses={200}))
         assert got.result["object"]["payload"] == noise(size)
         if size >= MIB:
-            assert any(found >= size for found in large_files()) == (size > MIB)
-    assert all(found > MIB for found in large_files()), "at the threshold an object is small"
+            assert (size in stage.payloads.sizes()) == (size > MIB)
+    assert all(found > MIB for found in stage.payloads.sizes()), "at the threshold an object is small"
 
 
 # ---------------------------------------------------------------------------------------------------- partitions

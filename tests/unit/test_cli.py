@@ -21,6 +21,7 @@ from consumer import app as service
 from consumer import cli
 from consumer.config import Config
 from service_process import clean_environment, command_line
+from strict_gcs import StrictGcs
 
 CANARY = "hunter2-CANARY"
 
@@ -223,6 +224,19 @@ class TestConfig:
         assert checks["storage.long_term (filesystem)"] is False
         assert checks["storage.high_volume (sqlite)"] is True
         assert sorted(tierstream.folder.iterdir()) == [tierstream.folder / "config.yaml", tierstream.folder / "file"]
+
+    def test_online_asks_for_the_bucket(self, tierstream: Tierstream, strict_gcs: StrictGcs) -> None:
+        """Nothing is written to it; one that is not there is said to be missing."""
+        found = []
+        for name in ("bucket", "absent"):
+            section = {"type": "gcs", "bucket": name, "endpoint": strict_gcs.endpoint}
+            config = nobody() | {"storage": {"long_term": section}}
+            said = tierstream("check-config", "--online", "--json", config=config)
+            found += [check for check in said.json["checks"] if check["check"] == "storage.long_term (gcs)"]
+
+        assert [check["ok"] for check in found] == [True, False]
+        assert found[1]["detail"] == "gcs: there is no bucket absent"
+        assert strict_gcs.kinds() == ["list", "list"]
 
 
 class TestRun:
