@@ -38,8 +38,9 @@ BURST = 960
 
 BROKER_DOWN_SECONDS = (0.0, 6.0)
 BROKER_FROZEN_SECONDS = (5.0, 30.0)
-STORAGE_HELD_SECONDS = (17.0, 22.0)
-"""Longer than the service's three attempts, of 5 s each, before it says that storage is unavailable."""
+STORAGE_HELD_SECONDS = (24.0, 30.0)
+"""Longer than the service's three attempts, of 5 s each, before it says that storage is unavailable, also where they
+begin late: a plan goes on to stop and to kill members meanwhile."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,10 @@ class ConsumerDouble:
             _fetch_task=forever, _records={}, _max_partition_fetch_bytes=1000, _fetch_max_bytes=5000
         )
         self._coordinator = SimpleNamespace(_coordination_task=forever, generation=-1, member_id="")
-        self._client = SimpleNamespace(_sync_task=forever, cluster=SimpleNamespace(_last_successful_refresh_ms=0))
+        self.brokers = {0}
+        """Those that the metadata have told."""
+        cluster = SimpleNamespace(_last_successful_refresh_ms=0, brokers=lambda: self.brokers)
+        self._client = SimpleNamespace(_sync_task=forever, cluster=cluster)
 
     # ------------------------------------------------------------------------------------------ for the test
 

@@ -46,6 +46,7 @@ from aiokafka.errors import (
     CommitFailedError,
     IllegalStateError,
     InvalidCommitOffsetSizeError,
+    KafkaConnectionError,
     KafkaError,
     OffsetMetadataTooLargeError,
     OffsetOutOfRangeError,
@@ -1075,6 +1076,10 @@ async def _started(make: Callable[[], AIOKafkaConsumer]) -> AIOKafkaConsumer:
         try:
             async with asyncio.timeout(START_TIMEOUT_SECONDS):
                 await client.start()
+            # A broker that has only just started, or thawed, may know no broker at all. The client takes that for an
+            # answer, and its coordination task ends by it.
+            if not client._client.cluster.brokers():  # noqa: SLF001 - held by a test
+                raise KafkaConnectionError("the broker does not know the cluster yet")  # noqa: TRY301 - as the client would
         except (KafkaError, OSError, TimeoutError) as error:
             log.warning("broker not reachable, trying again", error=repr(error), failures=failures + 1)
             await _closed(client, START_TIMEOUT_SECONDS)

@@ -262,6 +262,7 @@ async def test_private_names_are_where_the_poller_looks_for_them(rig: Rig) -> No
         assert not any(task.done() for task in tasks)
         assert consumer._coordinator.generation > 0
         assert consumer._coordinator.member_id
+        assert consumer._client.cluster.brokers()
         held = consumer._fetcher._records[rig.first]
         assert held._partition_records._records_iterator.gi_frame is not None
 

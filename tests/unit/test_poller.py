@@ -1258,6 +1258,22 @@ class TestStartAndStop:
         assert rig.consumer.started
         assert rig.consumer.calls == ["stop"] * 3
 
+    async def test_a_broker_that_does_not_know_the_cluster_yet_is_not_there(self, make: MakeRig) -> None:
+        """The client takes such metadata for an answer, and its coordination task ends by them: a needless exit 3."""
+        rig = make()
+        rig.consumer.brokers = set()
+        stop = rig.consumer.stop
+
+        async def tell_the_cluster() -> None:
+            rig.consumer.brokers = {0}
+            await stop()
+
+        rig.consumer.stop = tell_the_cluster  # type: ignore[method-assign]
+
+        await rig.poller.start()
+
+        assert rig.consumer.calls == ["stop"]
+
     async def test_a_start_that_hangs_is_given_up(self, make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
         """H17, H30: the client has no deadline of its own."""
         monkeypatch.setattr(poller_module, "START_TIMEOUT_SECONDS", 0.01)
