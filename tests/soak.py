@@ -134,7 +134,8 @@ def play(part: Part, number: int, seed: int, broker: Broker, folder: Path) -> No
     delivery = DELIVERIES[number % 2]
     say(f"\n==> {part.name}, episode {number + 1} of {len(part.episodes)}, {delivery}, seed {seed}")
     folder.mkdir()
-    stage = fleet_stage(broker, folder, partitions=part.partitions, delivery=delivery)
+    # One attempt, so that a member hears of a storage that is held before it is stopped or killed in its turn.
+    stage = fleet_stage(broker, folder, partitions=part.partitions, delivery=delivery, retry={"attempts": 1})
     fleet = Fleet(stage, rate=500, say=say)
     began = time.monotonic()
     try:
