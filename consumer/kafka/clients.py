@@ -1,8 +1,9 @@
-"""Unstarted Kafka clients, as the service wants them configured."""
+"""Kafka clients as the service wants them configured, and their start."""
 
 from __future__ import annotations
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaConnectionError
 
 from consumer.config import Config
 from consumer.kafka.connection import consumer_settings, producer_settings
@@ -26,4 +27,40 @@ def make_transactional_producer(config: Config, transactional_id: str) -> AIOKaf
     return AIOKafkaProducer(**producer_settings(config, transactional_id=transactional_id))
 
 
-__all__ = ["TopicPartition", "make_consumer", "make_producer", "make_transactional_producer"]
+async def connect_client(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
+    """Start *client*; without a deadline, as the client's own ``start``.
+
+    A broker that has only just started, or thawed, may answer that there is no broker at all. The client takes that for
+    metadata, and then dies of an assertion: here, where it asks for a coordinator while it starts, or in a task of its
+    own soon after, for which the caller looks.
+
+    Raises:
+        KafkaError, OSError: as ``start``.
+        KafkaConnectionError: also where the broker does not know the cluster yet.
+    """
+    try:
+        await client.start()
+    except AssertionError as error:
+        raise KafkaConnectionError(_UNKNOWN_CLUSTER) from error
+
+
+def see_that_the_cluster_is_known(client: AIOKafkaConsumer) -> None:
+    """Check that the metadata of a client that has just started name a broker.
+
+    Raises:
+        KafkaConnectionError: they do not.
+    """
+    if not client._client.cluster.brokers():  # noqa: SLF001 - held by a test
+        raise KafkaConnectionError(_UNKNOWN_CLUSTER)
+
+
+_UNKNOWN_CLUSTER = "the broker does not know the cluster yet"
+
+__all__ = [
+    "TopicPartition",
+    "connect_client",
+    "make_consumer",
+    "make_producer",
+    "make_transactional_producer",
+    "see_that_the_cluster_is_known",
+]

@@ -46,7 +46,6 @@ from aiokafka.errors import (
     CommitFailedError,
     IllegalStateError,
     InvalidCommitOffsetSizeError,
-    KafkaConnectionError,
     KafkaError,
     OffsetMetadataTooLargeError,
     OffsetOutOfRangeError,
@@ -60,6 +59,7 @@ from consumer.budget import RESUME_SHARE
 from consumer.commits import CommitPolicy, CommitSchedule
 from consumer.errors import AtCapacity, ConfigError
 from consumer.executor import StreamExecutor
+from consumer.kafka.clients import connect_client, see_that_the_cluster_is_known
 from consumer.kafka.topics import (
     EARLIEST,
     LATEST,
@@ -1075,11 +1075,8 @@ async def _started(make: Callable[[], AIOKafkaConsumer]) -> AIOKafkaConsumer:
         client = make()
         try:
             async with asyncio.timeout(START_TIMEOUT_SECONDS):
-                await client.start()
-            # A broker that has only just started, or thawed, may know no broker at all. The client takes that for an
-            # answer, and its coordination task ends by it.
-            if not client._client.cluster.brokers():  # noqa: SLF001 - held by a test
-                raise KafkaConnectionError("the broker does not know the cluster yet")  # noqa: TRY301 - as the client would
+                await connect_client(client)
+            see_that_the_cluster_is_known(client)
         except (KafkaError, OSError, TimeoutError) as error:
             log.warning("broker not reachable, trying again", error=repr(error), failures=failures + 1)
             await _closed(client, START_TIMEOUT_SECONDS)

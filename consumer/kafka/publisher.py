@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
+from consumer.kafka.clients import connect_client
 from consumer.log import get_logger
 from consumer.responses import Header
 
@@ -364,7 +365,7 @@ class Publisher:
             self._owned = producer = self._make_producer(BATCH_BYTES)
             try:
                 async with asyncio.timeout(self._attempt_timeout):
-                    await producer.start()
+                    await connect_client(producer)
             except (KafkaError, OSError, TimeoutError) as error:
                 self._failures += 1
                 self._was_stuck = True

@@ -44,6 +44,7 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata
 
 from consumer.assignment import Lane, Owner
+from consumer.kafka.clients import connect_client
 from consumer.kafka.publisher import (
     BACKOFF_SECONDS,
     DISCARD_TIMEOUT_SECONDS,
@@ -429,7 +430,7 @@ class TransactionWriter:
         producer = self._make_producer()
         try:
             async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
-                await producer.start()
+                await connect_client(producer)
         except BaseException:
             await discard(producer, 0)
             raise

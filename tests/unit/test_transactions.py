@@ -426,8 +426,8 @@ async def test_a_map_that_is_too_large_is_left_out_then_and_from_then_on(rig: Ri
 
 
 async def test_a_producer_that_cannot_start_is_tried_again(rig: Rig) -> None:
-    """H17, H26: producers are made anew, as often as it takes."""
-    rig.log.fail("start", OSError("refused"), RequestTimedOutError())
+    """H17, H26: producers are made anew, as often as it takes; the assertion tells that no broker is known."""
+    rig.log.fail("start", OSError("refused"), AssertionError("Did we not perform bootstrap?"))
 
     await rig.begun()
 
