@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaConnectionError
 
@@ -27,7 +29,14 @@ def make_transactional_producer(config: Config, transactional_id: str) -> AIOKaf
     return AIOKafkaProducer(**producer_settings(config, transactional_id=transactional_id))
 
 
-async def connect_client(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
+class Startable(Protocol):
+    """A consumer or a producer."""
+
+    async def start(self) -> None:
+        """Connect."""
+
+
+async def connect_client(client: Startable) -> None:
     """Start *client*; without a deadline, as the client's own ``start``.
 
     A broker that has only just started, or thawed, may answer that there is no broker at all. The client takes that for
