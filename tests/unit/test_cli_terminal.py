@@ -129,7 +129,7 @@ class TestTop:
     ) -> None:
         """Echo, line mode, cursor and screen are back, the exit code is 0, and nothing is left on the screen."""
         with Terminal(tierstream("top", "--url", port.url, "--interval", "0.2"), tmp_path) as terminal:
-            terminal.wait(lambda text: "tierstream running" in text, "the first picture")
+            terminal.wait(lambda text: "tierstream running" in text and "more partitions" in text, "the first picture")
             first = terminal.shown
             port.state = port.state | {"state": "draining"}
             terminal.wait(lambda text: "tierstream draining" in text, "the next picture")
