@@ -5,6 +5,7 @@
 * ``docs/commands.md``: every command with its arguments and options, from their declarations in ``consumer/cli``;
 * ``helm/tierstream/values.schema.json``: the part about ``config`` is the service's own schema, without its secrets,
   as those do not belong into a ConfigMap;
+* ``docs/dashboard.md``: what each panel of the dashboard shows, and which metrics it asks for;
 * ``helm/tierstream/dashboards/tierstream.json``: the dashboard of ``dashboards.py``;
 * ``helm/tierstream/README.md``: the table of values, from the comments of ``values.yaml`` that begin with ``--``.
 
@@ -25,7 +26,7 @@ import yaml
 from consumer.cli import app
 from consumer.config import json_schema
 from consumer.metrics import CATALOGUE
-from dashboards import dashboard
+from dashboards import ROWS, dashboard
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "helm" / "tierstream"
@@ -81,6 +82,27 @@ def metrics_page() -> str:
     for definition in CATALOGUE.values():
         labels = ", ".join(f"`{label}`" for label in definition.labels) or "none"
         lines.append(f"| `{definition.name}` | {definition.kind} | {labels} | {definition.text} |")
+    return "\n".join(lines) + "\n"
+
+
+def dashboard_page() -> str:
+    """Return ``docs/dashboard.md``."""
+    lines = [
+        "# The dashboard",
+        "",
+        "[One Grafana dashboard](../helm/tierstream/dashboards/tierstream.json), the same for every way of running it:",
+        "the Helm chart brings it (`dashboards.enabled`), [compose](compose.yaml) provisions it, Grafana imports the",
+        "file. Choose a data source, namespaces and jobs at the top. The first row is the headline: how full the windows",
+        "are.",
+        "",
+        "Made from the panels' declarations by `make docs`; tests hold every query against a running service.",
+    ]
+    for title, panels in ROWS:
+        lines += ["", f"## {title}", "", "| panel | what it says, and what to do about it | metrics |"]
+        lines.append("| --- | --- | --- |")
+        for panel in panels:
+            names = sorted({name for query, _ in panel.queries for name in re.findall(r"tierstream_\w+", query)})
+            lines.append(f"| {panel.title} | {panel.text} | {', '.join(f'`{name}`' for name in names)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -257,6 +279,7 @@ DOCUMENTS = {
     ROOT / "docs" / "metrics.md": metrics_page,
     ROOT / "docs" / "configuration.md": configuration_page,
     ROOT / "docs" / "commands.md": commands_page,
+    ROOT / "docs" / "dashboard.md": dashboard_page,
     CHART / "values.schema.json": values_schema,
     CHART / "README.md": values_table,
     CHART / "dashboards" / "tierstream.json": dashboard,
