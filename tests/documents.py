@@ -92,8 +92,8 @@ def dashboard_page() -> str:
         "",
         "[One Grafana dashboard](../helm/tierstream/dashboards/tierstream.json), the same for every way of running it:",
         "the Helm chart brings it (`dashboards.enabled`), [compose](compose.yaml) provisions it, Grafana imports the",
-        "file. Choose a data source, namespaces and jobs at the top. The first row is the headline: how full the windows",
-        "are.",
+        "file. Choose a data source, namespaces and jobs at the top. The first row is the headline: how full the",
+        "windows are.",
         "",
         "Made from the panels' declarations by `make docs`; tests hold every query against a running service.",
     ]
@@ -101,7 +101,8 @@ def dashboard_page() -> str:
         lines += ["", f"## {title}", "", "| panel | what it says, and what to do about it | metrics |"]
         lines.append("| --- | --- | --- |")
         for panel in panels:
-            names = sorted({name for query, _ in panel.queries for name in re.findall(r"tierstream_\w+", query)})
+            asked = " ".join(query for query, _ in panel.queries)
+            names = sorted({name.removesuffix("_bucket") for name in re.findall(r"tierstream_\w+", asked)})
             lines.append(f"| {panel.title} | {panel.text} | {', '.join(f'`{name}`' for name in names)} |")
     return "\n".join(lines) + "\n"
 
