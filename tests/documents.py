@@ -102,7 +102,7 @@ def dashboard_page() -> str:
         lines.append("| --- | --- | --- |")
         for panel in panels:
             asked = " ".join(query for query, _ in panel.queries)
-            names = sorted({name.removesuffix("_bucket") for name in re.findall(r"tierstream_\w+", asked)})
+            names = sorted({re.sub("_(bucket|count|sum)$", "", name) for name in re.findall(r"tierstream_\w+", asked)})
             lines.append(f"| {panel.title} | {panel.text} | {', '.join(f'`{name}`' for name in names)} |")
     return "\n".join(lines) + "\n"
 
