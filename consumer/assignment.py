@@ -417,6 +417,8 @@ class Assignment:
             try:
                 async for offset, outcome in outcomes:
                     self._answer(offset, outcome)
+                    for ready_offset, ready_outcome in outcomes.at_hand():
+                        self._answer(ready_offset, ready_outcome)
             finally:
                 await outcomes.aclose()
             self._executor = None

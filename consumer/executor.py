@@ -6,10 +6,10 @@ One *execution* turns (index, operation or error) into (index, response or error
    *window* items are pulled and not yet yielded. An error goes straight to the outcomes; an operation becomes *ready*.
    (Where the consumer stops waiting while the input itself is waited for, that one item still arrives.)
 2. **Start.** *Runners* take ready operations in input order. One that does not suspend is followed by the next one in
-   the same step of the same task: no task, no future, no object for it. A runner whose operation suspends calls two
-   others if anything is left to start, so that runners double for as long as operations suspend; nothing that is
-   ready ever waits for something suspended. Runners are made when needed, parked when idle and used again; the window
-   bounds them.
+   the same step of the same task: no task, no future, no object for it. A runner whose operation suspends calls up to
+   two others, as many as there is something left to start for, so that runners double for as long as operations
+   suspend; nothing that is ready ever waits for something suspended. Runners are made when needed, parked when idle and
+   used again; the window bounds them.
 3. **Finish.** Whatever an operation did becomes its outcome (:func:`consumer.handler.failure_of`), in order of
    completion, and the consumer is woken.
 4. **Yield.** Only yielding frees a place in the window. When the consumer has half the window to itself, the puller is
@@ -36,12 +36,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-import types
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Coroutine, Generator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 from consumer.errors import TierstreamError
 from consumer.handler import Handler, Progress, failure_of, not_an_operation, with_key
@@ -60,11 +59,10 @@ ORDERINGS: Final = ("unordered", "key", "partition")
 
 _OPERATIONS: Final = (Insert, Get, Delete, Head)
 _CALLED_ON_SUSPENSION: Final = 2
-"""Runners called by one whose operation suspended: with 1, a window of n suspending operations would take n turns of
-the event loop to start; with 2 it takes log2(n), and at most twice as many are called as operations suspend."""
+"""Most runners called by one whose operation suspended: with 1, a window of n suspending operations would take n turns
+of the event loop to start; with 2 it takes log2(n)."""
 
 _Object: TypeAlias = tuple[ObjectContext, str | None]
-_T = TypeVar("_T")
 
 
 async def _raising(error: BaseException) -> OpResponse:
@@ -76,25 +74,6 @@ def _wake(parked: asyncio.Future[None]) -> None:
     """Let whoever awaits *parked* go on; nothing where it has been cancelled."""
     if not parked.done():
         parked.set_result(None)
-
-
-@types.coroutine
-def _resumed(started: Coroutine[Any, Any, _T], awaited: Any) -> Generator[Any, Any, _T]:
-    """Go on with a coroutine whose first step was made by hand and ended waiting for *awaited*."""
-    while True:
-        try:
-            yield awaited
-        except GeneratorExit:
-            started.close()
-            raise
-        except BaseException as thrown:  # noqa: BLE001 - as `yield from` does: it is the coroutine's to handle
-            try:
-                awaited = started.throw(thrown)  # handled, and then waiting for something else
-            except StopIteration as done:
-                result: _T = done.value
-                return result
-        else:
-            return (yield from started.__await__())
 
 
 class _Running(Progress):
@@ -177,6 +156,10 @@ class StreamExecutor:
         self._puller_parked: asyncio.Future[None] | None = None
         self._runners: set[asyncio.Task[None]] = set()
         self._runners_parked: list[asyncio.Future[None]] = []
+        self._runners_called = 0
+        """Parked or new ones on their way to what is ready: while anything is, there is one, or one in its step."""
+        self._runners_new: set[asyncio.Task[None]] = set()
+        """Those of them that have not had a step yet."""
         self._consumer: asyncio.Future[None] | None = None
         """What the consumer waits on while there is no outcome."""
         self._consuming = False
@@ -285,6 +268,12 @@ class StreamExecutor:
         self._outstanding -= 1
         return outcomes.popleft()
 
+    def _outcomes_at_hand(self) -> Iterator[Outcome]:
+        outcomes = self._outcomes
+        while outcomes and (self._puller_parked is None or self._outstanding * 2 > self.window):
+            self._outstanding -= 1
+            yield outcomes.popleft()
+
     async def _pull_and_wait(self, inputs: AsyncIterator[Item]) -> None:
         """Let the puller in; return when there is an outcome to be yielded, raise when there will be none."""
         if self._consuming:
@@ -344,7 +333,7 @@ class StreamExecutor:
                     self._outstanding += 1
                     if isinstance(thing, _OPERATIONS):
                         ready.append((index, with_key(thing)))
-                        if len(ready) == 1:
+                        if not self._runners_called:
                             self._call_runner()
                     else:
                         outcomes.append((index, thing if isinstance(thing, Exception) else not_an_operation(thing)))
@@ -368,18 +357,36 @@ class StreamExecutor:
         """Have a parked runner look for operations, or a new one where the window allows."""
         while self._runners_parked:
             parked = self._runners_parked.pop()
-            if not parked.done():
-                parked.set_result(None)
+            if self._call(parked):
                 return
         if len(self._runners) < self.window:
             # Not by the loop's task factory: an eager one would start operations inside the step of another one.
             runner = asyncio.Task(self._run(), loop=asyncio.get_running_loop())
+            self._runners_called += 1
             self._runners.add(runner)
+            self._runners_new.add(runner)
             runner.add_done_callback(self._runner_left)
+
+    def _call(self, parked: asyncio.Future[None]) -> bool:
+        """Let a parked runner go on; False where it has been cancelled before."""
+        if parked.done():
+            return False
+        self._runners_called += 1
+        parked.set_result(None)
+        return True
+
+    def _call_runners(self) -> None:
+        """One operation has suspended: call runners for what is left to start."""
+        wanted = len(self._ready) + len(self._turns) - self._runners_called
+        for _ in range(min(wanted, _CALLED_ON_SUSPENSION)):
+            self._call_runner()
 
     def _runner_left(self, runner: asyncio.Task[None]) -> None:
         """Pass on what a runner was called for; by then it has ended, or been cancelled before it began."""
         self._runners.discard(runner)
+        if runner in self._runners_new:
+            self._runners_new.remove(runner)
+            self._runners_called -= 1
         if self._ready or self._turns:
             self._call_runner()
         else:
@@ -389,15 +396,23 @@ class StreamExecutor:
         """Run what is ready, park while nothing is, until the execution has ended."""
         task = asyncio.current_task()
         assert task is not None
+        create_future, parked_runners = task.get_loop().create_future, self._runners_parked
+        self._runners_new.remove(task)
+        self._runners_called -= 1
         try:
             while not self._ended:
-                await self._run_ready()
+                # A coroutine of its own: a parked runner must not keep the last operation, and its payload, alive.
+                await self._run_ready(task)
                 if task.cancelling():
                     break
                 if not self._ended:
-                    parked = asyncio.get_running_loop().create_future()
-                    self._runners_parked.append(parked)
-                    await parked
+                    parked = create_future()
+                    parked_runners.append(parked)
+                    try:
+                        await parked
+                    finally:
+                        if parked.done() and not parked.cancelled():  # else it was not called
+                            self._runners_called -= 1
         except (asyncio.CancelledError, GeneratorExit):  # while parked, or the event loop is gone
             raise
         except BaseException as error:
@@ -409,13 +424,14 @@ class StreamExecutor:
             if not told:  # there is no consumer any more
                 raise
 
-    async def _run_ready(self) -> None:  # noqa: C901, PLR0912 - the hot path: calls cost most
-        """Run operations until nothing is ready."""
+    async def _run_ready(self, task: asyncio.Task[None]) -> None:  # noqa: C901, PLR0912, PLR0915 - the hot path: calls cost most
+        """Run operations in *task*, the current one, until nothing is ready."""
         ready, turns, chains, outcomes = self._ready, self._turns, self._chains, self._outcomes
-        handler, counts = self._handler, self._counts
+        handler, counts, all_running, clock = self._handler, self._counts, self._running, time.monotonic
         key: _Object | None
         outcome: OpResponse | TierstreamError
-        began = 0.0
+        rest: Awaitable[OpResponse]
+        running: _Running | None = None
         while True:
             if turns:
                 key, (index, operation) = turns.popleft()
@@ -430,53 +446,48 @@ class StreamExecutor:
             else:
                 self._nothing_ready()
                 return
+            began = clock()
             if counts is not None:
                 counts[operation.kind].started += 1
-                began = time.perf_counter()
-            rest: Awaitable[OpResponse] | None = None
             attempt = handler.attempt(operation)
             try:
                 awaited = attempt.send(None)
             except StopIteration as done:
                 outcome = done.value
             except BaseException as error:  # noqa: BLE001 - raised again below, where it becomes the outcome
-                rest = _raising(error)
+                running = _Running(index, operation, began)
+                rest = handler.finish(operation, _raising(error), running)
             else:
-                rest = _resumed(attempt, awaited)
-            if rest is not None:
+                running = _Running(index, operation, began)
+                rest = handler.resume(operation, attempt, awaited, running, task)
+            if running is not None:
                 if self._by_key and key is None:
                     key = (operation.context, operation.key)
                     chains[key] = deque()
-                outcome = await self._finish(index, operation, rest)
+                all_running[running] = None
+                if ready or turns:  # others start meanwhile
+                    self._call_runners()
+                try:
+                    outcome = await rest
+                except (KeyboardInterrupt, SystemExit):  # no outcome
+                    raise
+                except BaseException as error:
+                    if isinstance(error, GeneratorExit) and not self._is_in_its_step():
+                        raise
+                    outcome = failure_of(operation.kind, error)  # it is that of this operation alone
+                finally:
+                    del all_running[running]
+                    running = None
             if key is not None:
                 self._pass_turn(key)
             if counts is not None:
                 counting = counts[operation.kind]
                 distribution = counting.error if isinstance(outcome, Exception) else counting.success
-                distribution.observe(time.perf_counter() - began)
+                distribution.observe(clock() - began)
             if not self._stopped:
                 outcomes.append((index, outcome))
                 if self._consumer is not None:
                     self._call_consumer()
-
-    async def _finish(
-        self, index: int, operation: Operation, rest: Awaitable[OpResponse]
-    ) -> OpResponse | TierstreamError:
-        """Run the *rest* of an operation that has suspended, or failed and is tried again; others start meanwhile."""
-        running = _Running(index, operation, time.monotonic())
-        self._running[running] = None
-        for _ in range(min(len(self._ready) + len(self._turns), _CALLED_ON_SUSPENSION)):
-            self._call_runner()
-        try:
-            return await self._handler.finish(operation, rest, running)
-        except (KeyboardInterrupt, SystemExit):  # no outcome
-            raise
-        except BaseException as error:
-            if isinstance(error, GeneratorExit) and not self._is_in_its_step():
-                raise
-            return failure_of(operation.kind, error)  # anything else is the outcome of this operation alone
-        finally:
-            del self._running[running]
 
     def _is_in_its_step(self) -> bool:
         """Tell whether a task of this execution runs now.
@@ -522,7 +533,7 @@ class StreamExecutor:
         self._ended = True
         self._reservation.release()
         for parked in self._runners_parked:
-            _wake(parked)
+            self._call(parked)
         self._runners_parked.clear()
         self._call_consumer()
 
@@ -562,6 +573,13 @@ class Outcomes:
         Cancellation: loses no outcome; operations in flight go on.
         """
         return self._executor._next_outcome(self, self._inputs)  # noqa: SLF001 - the executor's own other end
+
+    def at_hand(self) -> Iterator[Outcome]:
+        """Yield outcomes for as long as one can be had without waiting; what is not taken stays.
+
+        As awaiting them one by one, for less: to be used after one has been awaited, until the next is.
+        """
+        return self._executor._outcomes_at_hand()  # noqa: SLF001 - the executor's own other end
 
     async def aclose(self) -> None:
         """As :meth:`StreamExecutor.aclose`."""

@@ -24,7 +24,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Iterator
+import time
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from dataclasses import replace
 from typing import Any, Protocol, cast
 from uuid import uuid4
@@ -119,7 +121,16 @@ class References(Protocol):
 class Progress:
     """How one operation fares; written here, read by whoever wants to know why it takes so long."""
 
-    __slots__ = ("attempts", "blocked", "last_error")
+    __slots__ = ("attempts", "blocked", "cancelling", "deadline", "expired", "last_error", "task")
+
+    task: asyncio.Task[Any]
+    """What the present attempt runs in; this and what follows only where attempts have a time limit."""
+    cancelling: int
+    """Cancellations of the task that others had asked for before the attempt began."""
+    deadline: float
+    """When its limit runs out, monotonic seconds."""
+    expired: bool
+    """True once it has."""
 
     index: int | None = None
     """Its index, where it has one: the record's offset."""
@@ -228,12 +239,56 @@ class Handler:
         Cancellation: as :meth:`apply`.
         """
         try:
-            return await self._in_time(attempt)
+            return await self._in_time(attempt, progress)
         except TierstreamError as error:
             if not self.tries_again(error):
                 raise
             failed = error
         return await self.again(operation, failed, progress)
+
+    @types.coroutine
+    def resume(
+        self,
+        operation: Operation,
+        attempt: Coroutine[Any, Any, OpResponse],
+        awaited: Any,
+        progress: Progress,
+        task: asyncio.Task[Any],
+    ) -> Generator[Any, Any, OpResponse]:
+        """Finish the first *attempt* at *operation*, whose first step was made by hand and ended waiting for *awaited*.
+
+        As :meth:`finish` of the rest of it, in one piece: nearly every operation that waits for anything comes through
+        here, and each coroutine between the task and storage is paid for twice, when it is made and when it goes on.
+
+        Args:
+            operation: What is attempted.
+            attempt: As :meth:`attempt` gave it, and as it stands now.
+            awaited: What it waits for.
+            progress: Hears of further attempts.
+            task: The current task.
+
+        Raises:
+            Exception: as :meth:`apply`.
+
+        Cancellation: as :meth:`apply`.
+        """
+        limits = self._limits
+        if limits is not None:
+            limits.begin(progress, task)
+        failed: BaseException
+        try:
+            response = yield from _resumed(attempt, awaited)
+        except BaseException as error:
+            failed = error if limits is None else limits.end_with(progress, error)
+            if not self.tries_again(failed):
+                if failed is error:
+                    raise
+                raise failed from error
+        else:
+            if limits is not None:
+                limits.end(progress)
+            return response
+        return (yield from self.again(operation, cast("TierstreamError", failed), progress).__await__())
 
     def tries_again(self, error: BaseException) -> bool:
         """Tell whether an attempt that raised *error* is followed by another one."""
@@ -260,25 +315,28 @@ class Handler:
                 await self._sleep(retry.backoff(progress.attempts, self._jitter()))
                 progress.attempts += 1
                 try:
-                    return await self._in_time(self.attempt(operation))
+                    return await self._in_time(self.attempt(operation), progress)
                 except TierstreamError as error:
                     if not error.retriable:
                         raise
                     failed = error
 
-    async def _in_time(self, attempt: Awaitable[OpResponse]) -> OpResponse:
+    async def _in_time(self, attempt: Awaitable[OpResponse], progress: Progress) -> OpResponse:
         """Wait for *attempt*; past the time limit cancel it and wait until it has ended."""
         limits = self._limits
         if limits is None:
             return await attempt
-        limit = limits.begin()
+        task = asyncio.current_task()
+        assert task is not None
+        limits.begin(progress, task)
         try:
             response = await attempt
         except BaseException as error:
-            if limits.end(limit) and isinstance(error, asyncio.CancelledError):
-                raise OperationTimeout(f"no answer from storage within {limits.seconds:g} seconds") from error
-            raise
-        limits.end(limit)
+            failed = limits.end_with(progress, error)
+            if failed is error:
+                raise
+            raise failed from error
+        limits.end(progress)
         return response
 
     def _put(
@@ -327,25 +385,34 @@ class Handler:
                     self._on_blocked(False)
 
 
-class _TimeLimit:
-    """That of one attempt: whose, and whether it has run out."""
-
-    __slots__ = ("cancelling", "deadline", "expired", "task")
-
-    def __init__(self, task: asyncio.Task[Any], deadline: float) -> None:
-        self.task = task
-        self.cancelling = task.cancelling()
-        """Cancellations asked for by others before this began."""
-        self.deadline = deadline
-        self.expired = False
+@types.coroutine
+def _resumed(
+    attempt: Coroutine[Any, Any, OpResponse], awaited: Any
+) -> Generator[Any, Any, OpResponse]:
+    """Go on with an attempt whose latest step was made by hand and ended waiting for *awaited*."""
+    while True:
+        try:
+            yield awaited
+        except GeneratorExit:
+            attempt.close()
+            raise
+        except BaseException as thrown:  # noqa: BLE001 - as `yield from` does: it is the coroutine's to handle
+            try:
+                awaited = attempt.throw(thrown)  # handled, and then waiting for something else
+            except StopIteration as done:
+                response: OpResponse = done.value
+                return response
+        else:
+            return (yield from cast("Generator[Any, Any, OpResponse]", attempt))
 
 
 class _TimeLimits:
-    """Time limits of one length for any number of tasks, kept with a single timer.
+    """Time limits of one length for any number of attempts, kept with a single timer.
 
     As they are all of the same length they run out in the order in which they began; so there is only the oldest to be
     waited for. A timer for each (``asyncio.timeout``) costs more than all the rest of an operation's way through here.
-    What running out means is the same: the task is cancelled, and that cancellation is taken back at the end.
+    What running out means is the same: the task is cancelled, and that cancellation is taken back at the end. An
+    operation has one attempt at a time, so what is kept of its limit lies in its :class:`Progress`.
 
     Args:
         seconds: Their length.
@@ -353,35 +420,42 @@ class _TimeLimits:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._running: dict[_TimeLimit, None] = {}
+        self._running: dict[Progress, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self) -> _TimeLimit:
-        """Begin one for the current task."""
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task(loop)
-        assert task is not None
-        limit = _TimeLimit(task, loop.time() + self.seconds)
-        self._running[limit] = None
+    def begin(self, progress: Progress, task: asyncio.Task[Any]) -> None:
+        """Begin the limit of one attempt, made in *task*, which is the current one."""
+        progress.task = task
+        progress.cancelling = task.cancelling()
+        progress.deadline = time.monotonic() + self.seconds
+        progress.expired = False
+        self._running[progress] = None
         if self._timer is None:
-            self._timer = loop.call_at(limit.deadline, self._expire, loop)
-        return limit
+            self._timer = task.get_loop().call_later(self.seconds, self._expire, task.get_loop())
 
-    def end(self, limit: _TimeLimit) -> bool:
-        """End one; True where it ran out, and nobody else has cancelled the task."""
-        self._running.pop(limit, None)
+    def end(self, progress: Progress) -> bool:
+        """End it; True where it ran out, and nobody else has cancelled the task."""
+        self._running.pop(progress, None)
         if not self._running and self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        return limit.expired and limit.task.uncancel() <= limit.cancelling
+        return progress.expired and progress.task.uncancel() <= progress.cancelling
+
+    def end_with(self, progress: Progress, error: BaseException) -> BaseException:
+        """End it after an attempt that raised *error*; return what that was: the limit's own error, or *error*."""
+        if self.end(progress) and isinstance(error, asyncio.CancelledError):
+            timeout = OperationTimeout(f"no answer from storage within {self.seconds:g} seconds")
+            timeout.__cause__ = error
+            return timeout
+        return error
 
     def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
-        now = loop.time()
+        now = time.monotonic()
         while self._running:
             oldest = next(iter(self._running))
             if oldest.deadline > now:
-                self._timer = loop.call_at(oldest.deadline, self._expire, loop)
+                self._timer = loop.call_later(oldest.deadline - now, self._expire, loop)
                 return
             del self._running[oldest]
             oldest.expired = True

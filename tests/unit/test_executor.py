@@ -1260,5 +1260,74 @@ class TestDefects:
         assert storage.running == [("head", "2")]
         storage.let_go("2")
         assert (await following)[0] == 2
+
+        following = waiting(outcomes)
+        await settled()
+        storage.hold("3")
+        source.feed((3, head("3")))  # nobody is thought to be on the way who has been cancelled
+        await settled()
+        assert storage.running == [("head", "3")]
+        storage.let_go("3")
+        assert (await following)[0] == 3
         source.end()
         assert await all_of(outcomes) == []
+
+    async def test_no_runner_is_called_for_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A call costs a turn of the event loop: of operations that suspend, no more are made than there are."""
+        calls = 0
+        call = StreamExecutor._call_runner
+
+        def counted(executor: StreamExecutor) -> None:
+            nonlocal calls
+            calls += 1
+            call(executor)
+
+        monkeypatch.setattr(StreamExecutor, "_call_runner", counted)
+        storage, window = GatedStorage(hold_all=True), 64
+        outcomes = Stream(storage, window).run(*[head(str(number)) for number in range(window)])
+        following = waiting(outcomes)
+        await settled()
+        assert len(storage.running) == window
+        assert calls == window
+
+        storage.let_all_go()
+        await following
+        assert len(await all_of(outcomes)) == window - 1
+        assert calls == window
+
+
+class TestAtHand:
+    """Outcomes that can be had without waiting."""
+
+    async def test_are_the_same_in_the_same_order_each_once(self) -> None:
+        """Awaited or taken: one sequence."""
+        outcomes = Stream(GatedStorage(), 10).run(*[head(str(number)) for number in range(100)])
+        indexes = []
+        async for index, _ in outcomes:
+            indexes.append(index)
+            indexes += [index for index, _ in outcomes.at_hand()]
+
+        assert indexes == list(range(100))
+
+    async def test_what_is_not_taken_stays(self) -> None:
+        """Whoever stops in the middle loses nothing."""
+        outcomes = Stream(GatedStorage(), 10).run(*[head(str(number)) for number in range(10)])
+        first = await anext(outcomes)
+        second = next(outcomes.at_hand())
+
+        assert [first[0], second[0]] == [0, 1]
+        assert [index for index, _ in await all_of(outcomes)] == list(range(2, 10))
+
+    async def test_end_where_half_of_the_window_is_free_so_that_storage_is_kept_busy(self) -> None:
+        """The puller has its turn before more is handed over."""
+        source = Source([head(str(number)) for number in range(40)])
+        outcomes = Stream(GatedStorage(), 10).executor.execute(source)
+        await anext(outcomes)
+        assert source.pulled == 10
+
+        assert len(list(outcomes.at_hand())) == 4
+        await anext(outcomes)
+        assert source.pulled == 15
+
+        await outcomes.aclose()
+        assert list(outcomes.at_hand()) == []

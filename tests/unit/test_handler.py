@@ -34,6 +34,8 @@ from consumer.operations import (
     Insert,
     Inserted,
     Metadata,
+    Operation,
+    OpResponse,
     PayloadReference,
     Position,
     StoredObject,
@@ -108,10 +110,42 @@ class Waits:
         await self.gate.wait()
 
 
+class AsInAStream(Handler):
+    """Applies an operation in the two ways a stream does: its first step by hand, and then the rest of it, if any."""
+
+    async def apply(self, operation: Operation, progress: Progress | None = None) -> OpResponse:
+        operation = with_key(operation)
+        progress = Progress() if progress is None else progress
+        attempt = self.attempt(operation)
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            awaited = attempt.send(None)
+        except StopIteration as done:
+            return cast("OpResponse", done.value)
+        except Exception as error:  # noqa: BLE001 - raised again, where it becomes the outcome
+            return await self.finish(operation, _raising(error), progress)
+        return await self.resume(operation, attempt, awaited, progress, task)
+
+
+async def _raising(error: Exception) -> OpResponse:
+    raise error
+
+
+MADE: type[Handler] = Handler
+"""What :func:`handler` makes."""
+
+
+@pytest.fixture(autouse=True, params=[Handler, AsInAStream], ids=["alone", "in-a-stream"])
+def _made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds for a single operation and for one of a stream."""
+    monkeypatch.setitem(globals(), "MADE", request.param)
+
+
 def handler(storage: GatedStorage, **more: Any) -> Handler:
     """Make a handler whose waits are as long as they can be and take no time."""
     settings: dict[str, Any] = {"sleep": Waits(), "jitter": lambda: 1.0, **more}
-    return Handler(storage, **settings)
+    return MADE(storage, **settings)
 
 
 class TestOnce:
@@ -486,6 +520,18 @@ class TestTooLate:
         assert await ours.apply(head("a")) == Headed("a", None)  # and with nothing left a later one has its limit too
         with pytest.raises(OperationTimeout):
             await ours.apply(head("c"))
+
+    async def test_storage_that_outlives_a_cancellation_and_waits_on_is_waited_for(self) -> None:
+        """The cancellation that a limit is arrives in storage, which may have more than one thing to put in order."""
+        storage = StubbornStorage("k", answers=True)
+        policy = RetryPolicy(1, exhausted="answer", attempt_timeout_seconds=0.001)
+        task = asyncio.create_task(handler(storage, retry=policy).apply(head("k")))
+        await storage.cancelled.wait()
+        await settled()
+        assert not task.done()
+        storage.gate.set()
+
+        assert await task == Headed("k", None)
 
     async def test_cancelled_and_too_late_at_once_is_cancelled(self) -> None:
         """Who cancelled is waiting for that, whatever the limit says."""
