@@ -5,8 +5,10 @@ One *lane* per output partition, each with one flush loop:
 1. ``append`` puts an encoded record at the end of the lane; it never waits. Bounded by the byte budget and the offset
    distance of those who append, who stop reading while their responses are not acknowledged.
 2. The loop packs what has gathered into one batch (``create_batch``), sends it, and awaits the one future of that
-   batch. Meanwhile the next batch gathers by itself, so no linger is needed. One batch in flight per lane keeps the
-   order: concurrent sends to one partition overtake each other when a batch fills up.
+   batch. Meanwhile the next batch gathers by itself. One batch in flight per lane keeps the order: concurrent sends to
+   one partition overtake each other when a batch fills up. A lane whose last batch left a moment ago, and was not full,
+   waits for the next *departure*, which is the same for all lanes: under load their batches go out together, in one
+   request, some :data:`PACE_SECONDS` apart; what comes after a pause goes at once.
 3. Acknowledged: the owners of the batch's records are told, in lane order, each record exactly once.
 4. The broker refuses the batch for its size: from now on the lane packs half as much. A record refused alone is handed
    back to its owner (``refused``); what the owner appends in its place goes out in its place.
@@ -49,6 +51,11 @@ BATCH_BYTES = 512 * 1024
 """Largest batch before compression: half of a broker's default ``message.max.bytes``, so that a batch is never refused
 for its size while single records fit. Batches below 64 KiB cost throughput (half of it at 16 KiB). A larger record is
 a batch of its own."""
+
+PACE_SECONDS = 0.004
+"""Least time between two batches of a lane that do not fill up. A batch costs the client about 50 us, whatever is in
+it, and the broker as much again: operations that wait a few milliseconds finish a handful at a time, and without this
+their responses would cost more than they do themselves. No response waits longer for it than this."""
 
 SENDING_BYTES_MAX = 64 * 1024 * 1024
 """Bytes of batches sent and not acknowledged, over all lanes. The client puts the batches of all lanes to one broker
@@ -114,12 +121,18 @@ class Lane:
 
     async def _run(self) -> None:
         pending = self._pending
+        hurried = True
+        left_at = 0.0
         while True:
             if not pending:
                 self._arrived.clear()
                 await self._arrived.wait()
+            if not hurried and time.monotonic() - left_at < PACE_SECONDS:
+                await self._publisher.departure()
             producer = await self._publisher.producer()
             batch, records = self._pack(producer)
+            hurried = bool(pending)  # it was full: the rest has waited long enough
+            left_at = time.monotonic()
             await self._deliver(producer, batch, records)
 
     def _pack(self, producer: AIOKafkaProducer) -> tuple[BatchBuilder, list[_Pending]]:
@@ -205,6 +218,8 @@ class Publisher:
         """Failures since the last acknowledgement."""
         self._sending_bytes = 0
         self._room = asyncio.Event()
+        self._departure: asyncio.Event | None = None
+        """There while a lane waits for it."""
         self._handing_over: set[asyncio.Timeout] = set()
         """Of every batch the producer has not taken yet: it may be waiting for metadata that never come to a producer
         that was ended meanwhile (the client forgets who waits for them), so whoever ends it ends these waits."""
@@ -291,6 +306,18 @@ class Publisher:
             self._owned = None
 
     # ------------------------------------------------------------------------------------------ for lanes
+
+    async def departure(self) -> None:
+        """Wait for the next departure, at most :data:`PACE_SECONDS`."""
+        departure = self._departure
+        if departure is None:
+            departure = self._departure = asyncio.Event()
+            asyncio.get_running_loop().call_later(PACE_SECONDS, self._depart, departure)
+        await departure.wait()
+
+    def _depart(self, departure: asyncio.Event) -> None:
+        self._departure = None
+        departure.set()
 
     async def producer(self) -> AIOKafkaProducer:
         """The producer to use now; waits while there is none."""

@@ -299,6 +299,54 @@ async def test_what_gathered_before_is_one_batch(
     assert sent == [1000]
 
 
+async def test_lanes_that_are_busy_leave_together_and_no_more_often_than_the_pace(
+    embedded: Broker, make: Callable[..., Publisher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch costs as much as fifty responses; what trickles in is gathered, and the first of it goes at once."""
+    monkeypatch.setattr(publisher_module, "PACE_SECONDS", 3600.0)
+    left: list[tuple[int, int]] = []
+
+    class Counted(Sending):
+        async def send_batch(self, batch: BatchBuilder, topic: str, *, partition: int) -> asyncio.Future[Any]:
+            left.append((partition, batch.record_count()))
+            return await self.sent(batch, topic, partition)
+
+    publisher = make(Producers(embedded.bootstrap, Counted))
+    topic = embedded.create_topic("paced", 2)
+    lanes, owners = [publisher.lane(topic, partition) for partition in range(2)], [Owner(), Owner()]
+    await publisher.start()
+    for lane, owner in zip(lanes, owners, strict=True):
+        owner.hand_in(lane, [0])
+        await owner.until_answered(1)  # nothing was sent before it: there is nothing to gather with
+    assert left == [(0, 1), (1, 1)]
+
+    for number in range(1, 51):
+        for lane, owner in zip(lanes, owners, strict=True):
+            owner.hand_in(lane, [number])
+        await asyncio.sleep(0)
+    assert len(left) == 2
+    assert publisher._departure is not None
+    publisher._depart(publisher._departure)
+    for owner in owners:
+        await owner.until_answered(51)
+
+    assert sorted(left[2:]) == [(0, 50), (1, 50)]
+
+
+async def test_a_batch_that_is_full_waits_for_no_departure(
+    embedded: Broker, make: Callable[..., Publisher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pace is for what is small: large responses go as fast as the broker takes them."""
+    monkeypatch.setattr(publisher_module, "PACE_SECONDS", 3600.0)
+    publisher = make(Producers(embedded.bootstrap))
+    owner = Owner()
+    lane = publisher.lane(embedded.create_topic("large-ones"), 0)
+    owner.hand_in(lane, range(8), noise(publisher_module.BATCH_BYTES // 2))  # one to a batch
+    await publisher.start()
+
+    await owner.until_answered(8)
+
+
 async def test_records_are_written_as_they_are_given(broker: Broker, make: Callable[..., Publisher]) -> None:
     """Contract 2.3: key, value and headers with bytes, order and repeats; null stays null."""
     topic = broker.create_topic("bytes")
