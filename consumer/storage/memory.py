@@ -12,6 +12,7 @@ after as many expiring writes as there are entries, which makes the sweep a cons
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -63,6 +64,8 @@ class MemoryBackend:
         self._gone: dict[str, datetime] = {}
         """Until when the positions of rows that are gone are remembered, in that order."""
         self._expiring_writes = 0
+        self._paused: deque[tuple[float, asyncio.Future[None]]] = deque()
+        """When requests that wait may go on, by the event loop's clock, in that order."""
 
     # ------------------------------------------------------------------------------------------- high-volume tier
 
@@ -71,7 +74,7 @@ class MemoryBackend:
     ) -> Tombstone | None:
         """Store the object inline, with its size filled in (HV-10), or return the live tombstone found (HV-1)."""
         if self._latency:
-            await asyncio.sleep(self._latency)
+            await self._pause()
         path = object_id.storage_path
         if position is not None and self._is_stale(path, position):
             return None
@@ -87,20 +90,20 @@ class MemoryBackend:
     async def get_tiered(self, object_id: ObjectId) -> TieredRead:
         """Read the row (HV-2)."""
         if self._latency:
-            await asyncio.sleep(self._latency)
+            await self._pause()
         return self._live_row(object_id.storage_path)
 
     async def head_tiered(self, object_id: ObjectId) -> TieredHead:
         """Read the row without its payload (HV-2)."""
         if self._latency:
-            await asyncio.sleep(self._latency)
+            await self._pause()
         row = self._live_row(object_id.storage_path)
         return row.metadata if isinstance(row, StoredObject) else row
 
     async def delete_non_tombstone(self, object_id: ObjectId, position: Position | None = None) -> Tombstone | None:
         """Delete the object, if any, or return the live tombstone found (HV-4)."""
         if self._latency:
-            await asyncio.sleep(self._latency)
+            await self._pause()
         path = object_id.storage_path
         if position is not None and self._is_stale(path, position):
             return None
@@ -120,7 +123,7 @@ class MemoryBackend:
     ) -> bool | None:
         """Write if the live tombstone is *current* (None: there is none), HV-5 … HV-9."""
         if self._latency:
-            await asyncio.sleep(self._latency)
+            await self._pause()
         path = object_id.storage_path
         row = self._live_row(path)
         found = row.target if isinstance(row, Tombstone) else None
@@ -171,7 +174,7 @@ class MemoryBackend:
     async def put(self, revision: Revision, metadata: Metadata, payload: Payload) -> int:
         """Store the payload under a name of its own; a failing iterator leaves nothing."""
         if self._latency:
-            await asyncio.sleep(self._latency)
+            await self._pause()
         if isinstance(payload, AsyncIterable):
             payload = b"".join([chunk async for chunk in payload])
         if metadata.size != len(payload):
@@ -184,20 +187,20 @@ class MemoryBackend:
     async def get(self, revision: Revision) -> StoredObject | None:
         """Read metadata and payload."""
         if self._latency:
-            await asyncio.sleep(self._latency)
+            await self._pause()
         return self._live_revision(revision.name)
 
     async def head(self, revision: Revision) -> Metadata | None:
         """Read the metadata only."""
         if self._latency:
-            await asyncio.sleep(self._latency)
+            await self._pause()
         found = self._live_revision(revision.name)
         return None if found is None else found.metadata
 
     async def delete(self, revision: Revision) -> None:
         """Remove the revision; removing an absent one is a success (GCS-6)."""
         if self._latency:
-            await asyncio.sleep(self._latency)
+            await self._pause()
         self._revisions.pop(revision.name, None)
 
     async def scan_revisions(self) -> AsyncGenerator[Revision, None]:
@@ -228,6 +231,28 @@ class MemoryBackend:
         """Return at once: nothing is held that needs releasing."""
 
     # ------------------------------------------------------------------------------------------------- the inside
+
+    def _pause(self) -> asyncio.Future[None]:
+        """Return what is done when the latency has passed.
+
+        One timer for all that wait: as the answers of a real backend come many at a time, over one connection, a timer
+        for each would be the measurement's own cost.
+        """
+        loop = asyncio.get_running_loop()
+        paused = loop.create_future()
+        self._paused.append((loop.time() + self._latency, paused))
+        if len(self._paused) == 1:
+            loop.call_later(self._latency, self._go_on, loop)
+        return paused
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        while self._paused and self._paused[0][0] <= now:
+            _, paused = self._paused.popleft()
+            if not paused.done():
+                paused.set_result(None)
+        if self._paused:
+            loop.call_at(self._paused[0][0], self._go_on, loop)
 
     def _live_row(self, path: str) -> TieredRead:
         row = self._rows.get(path)

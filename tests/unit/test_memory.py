@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -42,28 +42,58 @@ def run_through(coroutine: Coroutine[Any, Any, Any]) -> Any:
     raise AssertionError("it suspended")
 
 
-async def test_every_request_takes_the_latency_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_request_takes_the_latency_it_was_given() -> None:
     """For measurements: what a tier elsewhere would take."""
-    waited: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        waited.append(seconds)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    backend = MemoryBackend(latency=0.02)
+    backend = MemoryBackend(latency=0.005)
     revision = new_revision(an_id())
+    loop = asyncio.get_running_loop()
+    requests: list[Callable[[], Awaitable[object]]] = [
+        lambda: backend.put_non_tombstone(an_id(), Metadata(), b"x"),
+        lambda: backend.get_tiered(an_id()),
+        lambda: backend.head_tiered(an_id()),
+        lambda: backend.compare_and_write(an_id(), None, Tombstone(revision, Metadata(size=1))),
+        lambda: backend.delete_non_tombstone(an_id()),
+        lambda: backend.put(revision, Metadata(), b"x"),
+        lambda: backend.get(revision),
+        lambda: backend.head(revision),
+        lambda: backend.delete(revision),
+    ]
 
-    await backend.put_non_tombstone(an_id(), Metadata(), b"x")
-    await backend.get_tiered(an_id())
-    await backend.head_tiered(an_id())
-    await backend.compare_and_write(an_id(), None, Tombstone(revision, Metadata(size=1)))
-    await backend.delete_non_tombstone(an_id())
-    await backend.put(revision, Metadata(), b"x")
-    await backend.get(revision)
-    await backend.head(revision)
-    await backend.delete(revision)
+    for request in requests:
+        began = loop.time()
+        await request()
+        assert loop.time() - began >= 0.005
 
-    assert waited == [0.02] * 9
+
+async def test_requests_at_once_share_a_timer_and_none_is_early_or_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timer for each would be what is measured; one that is cancelled keeps no other one waiting."""
+    backend = MemoryBackend(latency=0.05)
+    loop = asyncio.get_running_loop()
+    timers: list[object] = []
+    call_at = loop.call_at
+
+    def counted(when: float, callback: Any, *args: Any, **more: Any) -> asyncio.TimerHandle:
+        timers.append(callback)
+        return call_at(when, callback, *args, **more)
+
+    monkeypatch.setattr(loop, "call_at", counted)
+    took: list[float] = []
+
+    async def timed() -> None:
+        began = loop.time()
+        await backend.get_tiered(an_id())
+        took.append(loop.time() - began)
+
+    first = [asyncio.create_task(timed()) for _ in range(100)]
+    await asyncio.sleep(0)
+    first[0].cancel()
+    await asyncio.sleep(0.001)
+    second = [asyncio.create_task(timed()) for _ in range(100)]
+    await asyncio.gather(*first, *second, return_exceptions=True)
+
+    assert len(took) == 199
+    assert min(took) >= 0.05
+    assert len(timers) < 20
 
 
 def test_no_method_suspends() -> None:
