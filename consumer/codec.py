@@ -690,6 +690,12 @@ def _number(value: int) -> bytes:
                 rest >> 49,
             )
         )
+    if rest < 1 << 14:  # sizes and offsets: written out, as a loop costs three times as much
+        return bytes((rest & 127 | 128, rest >> 7))
+    if rest < 1 << 21:
+        return bytes((rest & 127 | 128, rest >> 7 & 127 | 128, rest >> 14))
+    if rest < 1 << 28:
+        return bytes((rest & 127 | 128, rest >> 7 & 127 | 128, rest >> 14 & 127 | 128, rest >> 21))
     written = bytearray()
     while rest > 127:
         written.append(rest & 127 | 128)
