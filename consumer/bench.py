@@ -11,6 +11,8 @@
 3. Each is timed from outside, by the end offsets of its output topic, between the first responses and the last one, so
    that start-up counts for neither. CPU is what the operating system charged to the process meanwhile.
 4. The stages of the service are timed one by one in this process, without a broker.
+5. On request (*profile*) the service runs once more and samples itself (:mod:`consumer.profiling`): what a record costs
+   in each stage, and with it how fast the service could be at most by that stage alone, its *limit*.
 
 Rates of different runs and machines cannot be compared; the ratio within one run can.
 """
@@ -45,6 +47,7 @@ from consumer.ids import ObjectContext
 from consumer.lifeline import dies_with
 from consumer.operations import DEFAULT_METADATA, Insert, Operation
 from consumer.permits import ConcurrencyLimiter
+from consumer.profiling import STAGES
 from consumer.responses import ResponseHeaders
 from consumer.service import StorageService
 from consumer.storage.memory import MemoryBackend
@@ -76,16 +79,35 @@ class Run:
 
 
 @dataclass
+class Profile:
+    """One run of the service, sampled."""
+
+    run: Run
+    samples: dict[str, int]
+    """By stage."""
+
+    @property
+    def microseconds(self) -> dict[str, float]:
+        """CPU time a record by stage; their sum is all of it."""
+        count = sum(self.samples.values())
+        return {stage: self.run.cpu_microseconds * self.samples.get(stage, 0) / count for stage in STAGES}
+
+
+@dataclass
 class Report:
     """What was measured."""
 
     records: int
     partitions: int
     payload_bytes: int
+    latency_ms: float = 0.0
+    """What an operation waits for, on both sides."""
     bare: list[Run] = field(default_factory=list)
     service: list[Run] = field(default_factory=list)
     exactly_once: list[Run] = field(default_factory=list)
     """The service again, writing in transactions; empty unless asked for."""
+    profile: Profile | None = None
+    """What a record costs by stage of the running service; None unless asked for."""
     stages_microseconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -111,6 +133,8 @@ def main(
     payload_bytes: int = 1024,
     rounds: int = 3,
     exactly_once: bool = False,
+    latency_ms: float = 0.0,
+    profile: bool = False,
     as_json: bool = False,
 ) -> int:
     """Measure, print the report on stdout and progress on stderr; return the exit code.
@@ -122,12 +146,16 @@ def main(
         payload_bytes: Of every insert.
         rounds: How often each side runs.
         exactly_once: Also measure the service with ``delivery: exactly-once``.
+        latency_ms: Milliseconds that each operation waits.
+        profile: Also tell what a record costs in each stage of the running service.
         as_json: Print JSON instead of a table.
     """
-    report = Report(records, partitions, payload_bytes)
-    asyncio.run(_measure(report, bootstrap, rounds, exactly_once=exactly_once))
+    report = Report(records, partitions, payload_bytes, latency_ms)
+    asyncio.run(_measure(report, bootstrap, rounds, exactly_once=exactly_once, profile=profile))
     if as_json:
         figures = {**asdict(report), "ratio": report.ratio, "cpu_ratio": report.cpu_ratio}
+        if report.profile is not None:
+            figures["profile"] |= {"microseconds": report.profile.microseconds}
         print(orjson.dumps(figures, option=orjson.OPT_INDENT_2).decode())  # noqa: T201 - the command's output
     else:
         _print(report)
@@ -135,8 +163,9 @@ def main(
 
 
 def _print(report: Report) -> None:
+    work = f"{report.records} inserts of {report.payload_bytes} bytes, {report.partitions} partitions"
     lines = [
-        f"{report.records} inserts of {report.payload_bytes} bytes, {report.partitions} partitions",
+        work + (f", operations of {report.latency_ms:g} ms" if report.latency_ms else ""),
         f"medians of {len(report.bare)} rounds",
         "",
         f"{'':14}{'records/s':>12}{'CPU us/record':>16}{'memory MiB':>13}",
@@ -155,10 +184,25 @@ def _print(report: Report) -> None:
     lines += ["", f"service / bare loop: {verdict}", ""]
     lines.append("stages of the service, one by one, microseconds a record:")
     lines += [f"  {name:44}{cost:6.2f}" for name, cost in report.stages_microseconds.items()]
+    if report.profile is not None:
+        lines += ["", *_profile_lines(report.profile)]
     print("\n".join(lines))  # noqa: T201 - the command's output
 
 
-async def _measure(report: Report, bootstrap: str | None, rounds: int, *, exactly_once: bool) -> None:
+def _profile_lines(profile: Profile) -> list[str]:
+    costs, rate = profile.microseconds, profile.run.records_per_second
+    lines = [
+        f"the running service by stage, {sum(profile.samples.values()):,} samples at {rate:,.0f} records/s:",
+        f"  {'':12}{'CPU us/record':>14}{'share':>8}{'limit, records/s':>18}{'left to it':>12}",
+    ]
+    for stage, cost in costs.items():
+        line = f"  {stage:12}{cost:14.2f}{cost / profile.run.cpu_microseconds:8.1%}"
+        lines.append(line + (f"{1e6 / cost:18,.0f}{1e6 / cost / rate:10.1f} x" if cost else f"{'-':>18}{'-':>12}"))
+    total = profile.run.cpu_microseconds
+    return [*lines, f"  {'all':12}{total:14.2f}{1:8.0%}{1e6 / total:18,.0f}{1e6 / total / rate:10.1f} x"]
+
+
+async def _measure(report: Report, bootstrap: str | None, rounds: int, *, exactly_once: bool, profile: bool) -> None:
     records, partitions, payload_bytes = report.records, report.partitions, report.payload_bytes
     sides = [("bare", report.bare), ("service", report.service)]
     if exactly_once:
@@ -179,13 +223,22 @@ async def _measure(report: Report, bootstrap: str | None, rounds: int, *, exactl
             for name, runs in sides:
                 output = f"{mark}-{name}-{number}"
                 await _create(bootstrap, [output], partitions)
-                command = [sys.executable, "-m", "consumer.bench", bootstrap, topic, output]
+                command = [sys.executable, "-m", "consumer.bench", bootstrap, topic, output, str(report.latency_ms)]
                 if name != "bare":
                     delivery = "at-least-once" if name == "service" else name
-                    config = _configure(folder, bootstrap, topic, output, delivery)
+                    config = _configure(folder, bootstrap, topic, output, delivery, report.latency_ms)
                     command = [sys.executable, "-m", "consumer", "run", "--config", str(config)]
                 runs.append(await _timed(command, folder / f"{output}.log", bootstrap, output, records, partitions))
                 _say(f"round {number}, {name}: {runs[-1].records_per_second:,.0f} records/s")
+        if profile:
+            output, samples = f"{mark}-profile", folder / "samples.json"
+            await _create(bootstrap, [output], partitions)
+            config = _configure(folder, bootstrap, topic, output, "at-least-once", report.latency_ms)
+            command = [sys.executable, "-m", "consumer.profiling", str(config), str(samples)]
+            log = folder / f"{output}.log"
+            run = await _timed(command, log, bootstrap, output, records, partitions, sampled=samples)
+            report.profile = Profile(run, orjson.loads(await asyncio.to_thread(samples.read_bytes)))
+            _say(f"profile: {run.records_per_second:,.0f} records/s")
     _say("timing the stages")
     report.stages_microseconds = await _stages(payload_bytes)
 
@@ -225,7 +278,9 @@ async def _fill(bootstrap: str, topic: str, records: int, partitions: int, paylo
         await producer.stop()
 
 
-def _configure(folder: Path, bootstrap: str, topic: str, output: str, delivery: str) -> Path:
+def _configure(
+    folder: Path, bootstrap: str, topic: str, output: str, delivery: str, latency_ms: float
+) -> Path:
     path = folder / f"{output}.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -236,7 +291,7 @@ def _configure(folder: Path, bootstrap: str, topic: str, output: str, delivery: 
                 "dead_letter": {"topic": None},
                 "delivery": delivery,
                 "storage": {
-                    "high_volume": {"type": "memory"},
+                    "high_volume": {"type": "memory", "latency": f"{latency_ms}ms"},
                     "long_term": {"type": "memory"},
                     "change_log": {"type": "memory"},
                 },
@@ -249,9 +304,18 @@ def _configure(folder: Path, bootstrap: str, topic: str, output: str, delivery: 
 
 
 async def _timed(
-    command: list[str], log: Path, bootstrap: str, output: str, records: int, partitions: int
+    command: list[str],
+    log: Path,
+    bootstrap: str,
+    output: str,
+    records: int,
+    partitions: int,
+    *,
+    sampled: Path | None = None,
 ) -> Run:
     """Run *command* until *output* holds a response for each record; time it from outside.
+
+    One that samples itself is told when the time begins and ends, and writes what it counted to *sampled*.
 
     Raises:
         RuntimeError: the process ended before that, or takes too long.
@@ -273,8 +337,14 @@ async def _timed(
                     answered = sum((await watcher.end_offsets(ends)).values())
                     if not began and answered >= records * WARM_SHARE:
                         began, first, cpu_before = time.perf_counter(), answered, _cpu_seconds(process.pid)
+                        if sampled is not None:
+                            process.send_signal(signal.SIGUSR2)
                     if answered >= records:
                         seconds, cpu = time.perf_counter() - began, _cpu_seconds(process.pid) - cpu_before
+                        if sampled is not None:
+                            process.send_signal(signal.SIGUSR2)
+                            while not await asyncio.to_thread(sampled.exists):  # noqa: ASYNC110 - another process writes it
+                                await asyncio.sleep(LOOK_SECONDS)
                         return Run(
                             records_per_second=(answered - first) / seconds,
                             cpu_microseconds=cpu / (answered - first) * 1e6,
@@ -309,8 +379,8 @@ def _peak_mib(pid: int) -> float:
 # --------------------------------------------------------------------------------------------- the bare loop
 
 
-async def bare_loop(bootstrap: str, topic: str, output: str) -> None:
-    """Consume, decode, answer, await, commit: the loop most people write; until it is stopped."""
+async def bare_loop(bootstrap: str, topic: str, output: str, latency_ms: float) -> None:
+    """Consume, decode, wait, answer, await, commit: the loop most people write; until it is stopped."""
     operation_schema = parse_schema(orjson.loads(schema_text("operation")))
     response_schema = parse_schema(orjson.loads(schema_text("response")))
     consumer = AIOKafkaConsumer(
@@ -333,6 +403,8 @@ async def bare_loop(bootstrap: str, topic: str, output: str) -> None:
     while True:
         fetched = await consumer.getmany(timeout_ms=200, max_records=2_000)
         sent = []
+        if latency_ms:
+            await asyncio.gather(*[asyncio.sleep(latency_ms / 1000) for some in fetched.values() for _ in some])
         for partition, records in fetched.items():
             for record in records:
                 operation: Any = schemaless_reader(BytesIO(record.value or b""), operation_schema, None)
@@ -431,4 +503,4 @@ def _cost(work: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    asyncio.run(bare_loop(*sys.argv[1:4]))
+    asyncio.run(bare_loop(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])))

@@ -92,6 +92,12 @@ def bench(
     exactly_once: Annotated[
         bool, typer.Option("--exactly-once", help="Also measure delivery in transactions.")
     ] = False,
+    latency_ms: Annotated[
+        float, typer.Option("--latency-ms", metavar="MS", min=0, help="Milliseconds that each operation waits.")
+    ] = 0.0,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also tell what a record costs in each stage of the running service.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the service against a bare client loop on the same broker.
@@ -109,6 +115,8 @@ def bench(
         payload_bytes=payload_bytes,
         rounds=rounds,
         exactly_once=exactly_once,
+        latency_ms=latency_ms,
+        profile=profile,
         as_json=as_json,
     )
     raise typer.Exit(code)

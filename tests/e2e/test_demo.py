@@ -15,6 +15,7 @@ import pytest
 
 from brokers import wait_until
 from consumer.demo import CONTEXT, Expected, Ledger
+from consumer.profiling import STAGES
 from service_process import clean_environment, command_line
 
 
@@ -171,7 +172,7 @@ def test_a_demo_that_is_killed_leaves_no_process(source: Path, start_demo: Calla
 @pytest.mark.timeout(120)
 def test_the_benchmark_reports_both_sides_and_the_stages(tmp_path: Path) -> None:
     """One run, one broker, medians and their ratio; how large it is decides no test."""
-    done = command_line("bench", "--records", "5000", "--rounds", "1", "--json", cwd=tmp_path, seconds=110)
+    done = command_line("bench", "--records", "5000", "--rounds", "1", "--profile", "--json", cwd=tmp_path, seconds=110)
 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -179,6 +180,10 @@ def test_the_benchmark_reports_both_sides_and_the_stages(tmp_path: Path) -> None
     assert len(report["bare"]) == len(report["service"]) == 1
     assert report["ratio"] > 0
     assert all(cost > 0 for cost in report["stages_microseconds"].values())
+    profile = report["profile"]
+    assert list(profile["microseconds"]) == list(STAGES)
+    assert sum(profile["samples"].values()) > 0
+    assert sum(profile["microseconds"].values()) == pytest.approx(profile["run"]["cpu_microseconds"])
 
 
 def answer(partition: int = 0, offset: int = 0, **fields: Any) -> dict[str, Any]:
