@@ -412,7 +412,7 @@ def maven_broker(
     )
     if done.returncode != 0:
         raise BrokerUnavailableError(f"Kafka could not format its folder:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    program = [*java, *java_settings, "-Xmx512m", "-cp", classpath, "kafka.Kafka", str(config)]
+    program = [*java, "-Xmx512m", *java_settings, "-cp", classpath, "kafka.Kafka", str(config)]
     with _running(program, f"127.0.0.1:{port}", log) as node:
         label = f"Apache Kafka {kafka_version()} (Maven)"
         yield Broker("apache", label, f"127.0.0.1:{port}", record_bytes_max=16_000_000, log=log, _node=node)

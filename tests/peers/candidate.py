@@ -2,7 +2,8 @@
 
 Called with the number of members and with ``NAME=VALUE`` settings, such as ``ordering=unordered``. Everything else is
 as shipped: Avro decoded and encoded, responses acknowledged, offset map, the handler's retries and time limits. The
-memory tiers take the workload's wait; each member has its own, as records of one object are in one partition.
+memory tiers take the workload's wait; each member has its own, as records of one object are in one partition, and an
+equal share of the permits.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 
-def settings(environment: dict[str, str], changes: list[str]) -> dict[str, Any]:
-    """Return the configuration for one run."""
+def settings(environment: dict[str, str], changes: list[str], members: int = 1) -> dict[str, Any]:
+    """Return the configuration of each of *members* for one run."""
     memory = {"type": "memory", "latency": f"{environment['LATENCY_MS']}ms"}
     config: dict[str, Any] = {
         "kafka": {"bootstrap_servers": [environment["BOOTSTRAP"]], "group_id": environment["GROUP"]},
@@ -26,7 +27,7 @@ def settings(environment: dict[str, str], changes: list[str]) -> dict[str, Any]:
         "output": {"topic": environment["OUTPUT"], "compression": "none", "max_request_bytes": "1000000"},
         "limits": {"response_bytes": "900000", "record_bytes": "1000000"},
         "dead_letter": {"topic": None},
-        "concurrency": {"limit": int(environment["CONCURRENCY"])},
+        "concurrency": {"limit": int(environment["CONCURRENCY"]) // members},
         "window": {"policy": "equal-share"},
         "commit": {"interval": "200ms"},
         "storage": {"high_volume": memory, "long_term": {"type": "memory"}, "change_log": {"type": "memory"}},
@@ -43,12 +44,15 @@ def settings(environment: dict[str, str], changes: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the configuration, start the members, and end with them."""
+    """Write the configuration, and be the member, or start the members and end with them."""
     count, *changes = sys.argv[1:]
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-        json.dump(settings(dict(os.environ), changes), file)  # JSON is YAML
+        json.dump(settings(dict(os.environ), changes, int(count)), file)  # JSON is YAML
     command = [sys.executable, "-m", "consumer", "run", "--config", file.name]
-    members = [subprocess.Popen(command, cwd=Path(__file__).parents[2]) for _ in range(int(count))]
+    os.chdir(Path(__file__).parents[2])
+    if count == "1":  # in this very process: one that only waits would be counted as well
+        os.execv(command[0], command)
+    members = [subprocess.Popen(command) for _ in range(int(count))]
 
     def stop(*_: object) -> None:
         for member in members:

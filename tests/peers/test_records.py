@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import bench
 import candidate
@@ -55,3 +56,70 @@ def test_a_candidate_is_a_configuration_of_the_service(name: str, tmp_path_facto
 
     assert config.window.policy == "equal-share"
     assert getattr(config.storage.high_volume, "latency", None) == 0.005
+
+
+class TestThePage:
+    """``docs/benchmarks.md`` says what the runner found."""
+
+    def row(self, peer: str, latency: int, rate: float, **more: Any) -> dict[str, Any]:
+        """What the runner sums up of one peer."""
+        return {
+            "peer": peer,
+            "latency_ms": latency,
+            "throughput_median": rate,
+            "throughput_min": rate - 1000,
+            "throughput_max": rate + 1000,
+            "throughput_second_half_median": rate + 10,
+            "cpu_s_per_100k": 2.5,
+            "max_rss_mb": 150.0,
+            "duplicates": 0,
+            "lost": 0,
+            "out_of_order": 0,
+            "foreign_cores": 0.01,
+            "ends": ["complete"],
+            **more,
+        }
+
+    def page(self, *rows: dict[str, Any]) -> str:
+        """The page of these rows."""
+        meta = {"runs": 3, "partitions": 8, "value_bytes": 1024, "keys": 1000, "concurrency": 500, "cores": 2}
+        return bench.page({"meta": {**meta, "started": "now"}, "summary": list(rows)}, ["* a machine"])
+
+    def test_each_row_stands_under_its_latency_with_everything_that_was_counted(self) -> None:
+        """Lost and repeated records too: a fast loss is no speed."""
+        lossy = self.row("faust", 5, 2000, lost=3, duplicates=7, ends=["time limit 120 s"], out_of_order=None)
+        page = self.page(self.row("tierstream-key", 0, 40000), lossy)
+
+        assert "* a machine" in page
+        first, second = page.split("## Operations of 5 ms")
+        assert "| tierstream-key | 40,000 | 39,000 - 41,000 | 40,010 | 2.50 | 150 | 0 | 0 | 0 | 0.01 |" in first
+        assert "| faust (time limit 120 s) | 2,000 | 1,000 - 3,000 | 2,010 | 2.50 | 150 | 7 | 3 | - | 0.01 |" in second
+
+    def test_goals_are_said_beside_what_came_of_them_and_a_missed_one_is_named(self) -> None:
+        """Of the same latency only; nothing is said where a row is not there."""
+        page = self.page(
+            self.row("tierstream-unordered", 0, 50000),
+            self.row("aiokafka-sendbatch-uvloop", 0, 100000),
+            self.row("tierstream-unordered", 5, 30000, cpu_s_per_100k=2.0),
+            self.row("aiokafka-sendbatch-uvloop", 5, 50000),
+            self.row("pc-unordered", 5, 29000, cpu_s_per_100k=8.0, max_rss_mb=500.0),
+        )
+
+        assert "| rate over the `send_batch` loop's | ≥ 0.95 | 5 ms: 0.60 **missed** |" in page
+        assert "| rate over the `send_batch` loop's | ≥ 0.33 | 0 ms: 0.50 |" in page
+        assert "| unordered: CPU over Parallel Consumer's | ≤ 0.6 | 5 ms: 0.25 |" in page
+        assert "| unordered: memory over Parallel Consumer's | ≤ 0.2 | 5 ms: 0.30 **missed** |" in page
+        assert "Quix" not in page
+
+    def test_every_goal_is_about_rows_that_are_run(self) -> None:
+        """A name that is misspelt would make its goal silent for ever."""
+        for goal in bench.GOALS:
+            assert {goal.of, goal.over} <= {*bench.CANDIDATES, *bench.PEERS}
+            assert (goal.at_least is None) != (goal.at_most is None)
+
+
+def test_members_share_the_permits() -> None:
+    """500 in all, as every peer has."""
+    given = {"BOOTSTRAP": "b", "GROUP": "g", "INPUT": "i", "OUTPUT": "o", "LATENCY_MS": "0", "CONCURRENCY": "500"}
+
+    assert candidate.settings(given, [], 2)["concurrency"] == {"limit": 250}
