@@ -21,10 +21,11 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -521,7 +522,10 @@ class Fleet:
             *self._wrong_if(
                 unexplained > in_flight, f"I6: {unexplained} repeats, {in_flight} operations were in flight at a fault"
             ),
-            *self._wrong_if(exactly_once and verdict.surplus > 0, f"I2: {verdict.surplus} responses repeated"),
+            *self._wrong_if(
+                exactly_once and verdict.surplus > 0,
+                f"I2: {verdict.surplus} responses repeated, such as {self._repeats(verdict.duplicated)}",
+            ),
             *self._wrong_if(ledger.committed(stage.group) != ends(ledger), "I1: the last commits are not at the ends"),
             *self._wrong_if(silence > silence_max, f"I10: no response for {silence:.1f} s though records waited"),
             *self._wrong_if(stagnation > stagnation_max, f"I10: a partition stood still for {stagnation:.1f} s"),
@@ -554,6 +558,13 @@ class Fleet:
     def _wrong_if(condition: bool, text: str) -> Iterator[str]:
         if condition:
             yield text
+
+    def _repeats(self, duplicated: Iterable[str]) -> list[str]:
+        """When the first few of these were answered, for whoever looks for it in the logs."""
+        return [
+            f"{name} at {[datetime.fromtimestamp(one.timestamp / 1000, UTC).isoformat() for one in answers]}"
+            for name, answers in ((name, self.stage.ledger.answers[name]) for name in islice(duplicated, 3))
+        ]
 
     def _read_logs(self) -> None:
         """Search every log for what may not stand there, and for the trouble the members have met."""

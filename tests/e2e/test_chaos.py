@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import chaos_plan
-from brokers import Broker, apache_source, maven_broker, tail
+from brokers import Broker, apache_source, maven_broker
 from fleet import Findings, Fleet, fleet_stage, now_ms, timestamp_ms
 from group_history import read_history
 from load import Questions
@@ -35,6 +35,9 @@ ZOMBIE_SECONDS_MAX = 15.0
 
 RETURNS_QUICKLY = {"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"}
 """A broker that was killed is let in again after its old session, of 9 s unless told otherwise."""
+
+OWN_LINES = 80
+"""Lines of a member's log that a failing test shows, without those of the client: they tell a whole test's story."""
 
 DELIVERIES = ("at-least-once", "exactly-once")
 
@@ -66,7 +69,8 @@ def fleet(own_broker: Broker, tmp_path: Path) -> Iterator[MakeFleet]:
     for stage in stages:
         stage.put_down()
         for service in stage.processes[-5:]:
-            print(f"--- {service.log.name}, exit {service.process.poll()}\n{tail(service.log, 15)}")
+            own = [line for line in service.log_lines() if str(line.get("logger")).startswith("consumer.")]
+            print(f"--- {service.log.name}, exit {service.process.poll()}", *own[-OWN_LINES:], sep="\n")
 
 
 def check(findings: Findings, **happened: int) -> None:
