@@ -410,29 +410,31 @@ async def bare_loop(bootstrap: str, topic: str, output: str, latency_ms: float) 
             for record in records:
                 operation: Any = schemaless_reader(BytesIO(record.value or b""), operation_schema, None)
                 response = BytesIO()
-                body = operation["body"]
-                inserted = {"metadata": {**body["metadata"], "size": len(body["payload"])}}
-                schemaless_writer(
-                    response,
-                    response_schema,
-                    {
-                        "index": record.offset,
-                        "source": {"topic": record.topic, "partition": record.partition, "offset": record.offset},
-                        "request_id": operation["request_id"],
-                        "context": operation["context"],
-                        "kind": "insert",
-                        "key": body["key"],
-                        "status": 201,
-                        "result": ("tierstream.v1.Inserted", inserted),
-                        "completed_at": time.time_ns() // 1000,
-                    },
-                )
+                answer = plain_response(operation, record.topic, record.partition, record.offset)
+                schemaless_writer(response, response_schema, answer)
                 sent.append(
                     await producer.send(output, response.getvalue(), key=record.key, partition=partition.partition)
                 )
         if sent:
             await asyncio.gather(*sent)
             await consumer.commit()
+
+
+def plain_response(operation: Any, topic: str, partition: int, offset: int) -> dict[str, Any]:
+    """Return what the bare loop answers to an insert, as fastavro takes and gives both."""
+    body = operation["body"]
+    inserted = {"metadata": {**body["metadata"], "size": len(body["payload"])}}
+    return {
+        "index": offset,
+        "source": {"topic": topic, "partition": partition, "offset": offset},
+        "request_id": operation["request_id"],
+        "context": operation["context"],
+        "kind": "insert",
+        "key": body["key"],
+        "status": 201,
+        "result": ("tierstream.v1.Inserted", inserted),
+        "completed_at": time.time_ns() // 1000,
+    }
 
 
 # --------------------------------------------------------------------------------------------- the stages

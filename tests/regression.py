@@ -24,7 +24,7 @@ import orjson
 from fastavro import parse_schema, schemaless_reader, schemaless_writer
 
 from consumer.avro_schemas import schema_text
-from consumer.bench import time_stages
+from consumer.bench import plain_response, time_stages
 from consumer.codec import encode_operation
 from consumer.ids import ObjectContext
 from consumer.operations import DEFAULT_METADATA, Insert
@@ -47,20 +47,7 @@ def yardstick() -> float:
     began = time.process_time()
     for offset in range(RECORDS):
         operation: Any = schemaless_reader(BytesIO(value), reading, None)
-        body = operation["body"]
-        inserted = {"metadata": {**body["metadata"], "size": len(body["payload"])}}
-        response = {
-            "index": offset,
-            "source": {"topic": "operations", "partition": 0, "offset": offset},
-            "request_id": operation["request_id"],
-            "context": operation["context"],
-            "kind": "insert",
-            "key": body["key"],
-            "status": 201,
-            "result": ("tierstream.v1.Inserted", inserted),
-            "completed_at": time.time_ns() // 1000,
-        }
-        schemaless_writer(BytesIO(), writing, response)
+        schemaless_writer(BytesIO(), writing, plain_response(operation, "operations", 0, offset))
     return (time.process_time() - began) / RECORDS * 1e6
 
 

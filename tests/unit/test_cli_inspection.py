@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import pty
 import select
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from admin_double import AdminDouble
 from brokers import unused_port
 from cli_runner import Tierstream
 from consumer.cli import inspection
@@ -76,41 +74,10 @@ def state(*partitions: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**usual, "partitions": list(partitions), **changes}
 
 
-class Service:
-    """An admin port that tells the state it is given; without one it is out of order."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] | None = None
-        self.asked = threading.Semaphore(0)
-        service = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                body = b"out of order" if service.state is None else json.dumps(service.state).encode()
-                self.send_response(500 if service.state is None else 200 if self.path == "/debug/state" else 404)
-                self.end_headers()
-                self.wfile.write(body)
-                service.asked.release()
-
-            def log_message(self, *_: object) -> None:
-                """Keep quiet."""
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Close the port."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
 @pytest.fixture
-def service() -> Iterator[Service]:
+def service() -> Iterator[AdminDouble]:
     """A running service, as far as its admin port goes."""
-    running = Service()
+    running = AdminDouble()
     yield running
     running.stop()
 
@@ -333,7 +300,7 @@ class TestWords:
 class TestWhy:
     """`why`."""
 
-    def test_json_is_the_partitions_with_words(self, tierstream: Tierstream, service: Service) -> None:
+    def test_json_is_the_partitions_with_words(self, tierstream: Tierstream, service: AdminDouble) -> None:
         """Contract 7."""
         service.state = state(entry(), entry(partition=4, paused_for=["output"]))
 
@@ -343,7 +310,7 @@ class TestWhy:
         assert [set(row) - set(entry()) for row in said.json] == [{"words"}, {"words"}]
         assert said.json[1] == {**entry(partition=4, paused_for=["output"]), "words": said.json[1]["words"]}
 
-    def test_one_partition_can_be_asked_for(self, tierstream: Tierstream, service: Service) -> None:
+    def test_one_partition_can_be_asked_for(self, tierstream: Tierstream, service: AdminDouble) -> None:
         """A line each."""
         service.state = state(entry(), entry(partition=4), entry(topic="others"))
 
@@ -351,7 +318,9 @@ class TestWhy:
         assert tierstream("why", "operations", "--url", service.url).out.count("\n") == 2
         assert tierstream("why", "--url", service.url).out.count("\n") == 3
 
-    def test_one_that_is_elsewhere_is_exit_1_with_what_is_here(self, tierstream: Tierstream, service: Service) -> None:
+    def test_one_that_is_elsewhere_is_exit_1_with_what_is_here(
+        self, tierstream: Tierstream, service: AdminDouble
+    ) -> None:
         """Another process has it."""
         service.state = state(entry())
 
@@ -360,7 +329,7 @@ class TestWhy:
         assert (said.code, said.out) == (1, "")
         assert said.err.startswith("error: this process does not have operations/5\nhint: it has: operations/3;")
 
-    def test_a_service_that_does_not_run_says_so_first(self, tierstream: Tierstream, service: Service) -> None:
+    def test_a_service_that_does_not_run_says_so_first(self, tierstream: Tierstream, service: AdminDouble) -> None:
         """A drain explains much."""
         service.state = state(state="draining")
 
@@ -368,7 +337,7 @@ class TestWhy:
 
         assert said.out == "the service is draining\nno partition is assigned to this process\n"
 
-    def test_the_address_is_in_the_configuration(self, tierstream: Tierstream, service: Service) -> None:
+    def test_the_address_is_in_the_configuration(self, tierstream: Tierstream, service: AdminDouble) -> None:
         """And with it how many attempts there are."""
         stuck = entry(oldest=oldest(age_seconds=3, attempts=2, last_error="timeout"))
         service.state = state(stuck)
@@ -379,7 +348,9 @@ class TestWhy:
         assert "attempt 2 of 5, timeout" in said.out
 
     @pytest.mark.parametrize("command", ["why", "top"])
-    def test_nobody_there_is_exit_1_with_a_hint(self, tierstream: Tierstream, service: Service, command: str) -> None:
+    def test_nobody_there_is_exit_1_with_a_hint(
+        self, tierstream: Tierstream, service: AdminDouble, command: str
+    ) -> None:
         """Neither a closed port nor something else is a trace."""
         closed = tierstream(command, "--url", f"http://127.0.0.1:{unused_port()}")
         broken = tierstream(command, "--url", service.url)
@@ -392,13 +363,13 @@ class TestWhy:
 class TestTop:
     """`top`."""
 
-    def test_json_is_the_state(self, tierstream: Tierstream, service: Service) -> None:
+    def test_json_is_the_state(self, tierstream: Tierstream, service: AdminDouble) -> None:
         """`--json` on every read command."""
         service.state = state(entry())
 
         assert tierstream("top", "--url", service.url, "--json").json == service.state
 
-    def test_a_pipe_gets_one_picture_within_80_columns(self, tierstream: Tierstream, service: Service) -> None:
+    def test_a_pipe_gets_one_picture_within_80_columns(self, tierstream: Tierstream, service: AdminDouble) -> None:
         """No escapes, all partitions, the troubled ones first."""
         service.state = state(
             entry(partition=0),
@@ -448,7 +419,7 @@ class TestTop:
 
     @pytest.mark.slow
     @pytest.mark.process
-    def test_on_a_terminal_it_goes_on_until_ctrl_c(self, service: Service, tmp_path: Path) -> None:
+    def test_on_a_terminal_it_goes_on_until_ctrl_c(self, service: AdminDouble, tmp_path: Path) -> None:
         """New states appear, an outage is shown and waited out; Ctrl-C ends it cleanly with the screen restored."""
         service.state = state(entry(), state="running")
         terminal, child = pty.openpty()

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
+from admin_double import AdminDouble
 from cli_runner import Tierstream
 from consumer import cli
 from consumer.cli import output
@@ -76,46 +74,22 @@ def partition(number: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-class AdminPort:
-    """An admin port that tells one state."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] = {
-            "state": "running",
-            "limiter": {"limit": 500, "in_use": 480, "available": 20, "queued": 0},
-            "partitions": [partition(number) for number in range(40)],
-            "totals": dict.fromkeys(
-                ("records", "responses", "failures", "poison", "dead_letters", "commits", "rebalances"), 1_000_000_000
-            ),
-            "storage": {},
-        }
-        port = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(json.dumps(port.state).encode())
-
-            def log_message(self, *_: object) -> None:
-                """Keep quiet."""
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Close the port."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+STATE: dict[str, Any] = {
+    "state": "running",
+    "limiter": {"limit": 500, "in_use": 480, "available": 20, "queued": 0},
+    "partitions": [partition(number) for number in range(40)],
+    "totals": dict.fromkeys(
+        ("records", "responses", "failures", "poison", "dead_letters", "commits", "rebalances"), 1_000_000_000
+    ),
+    "storage": {},
+}
 
 
 @pytest.fixture
-def port() -> Iterator[AdminPort]:
+def port() -> Iterator[AdminDouble]:
     """A service, as far as `top` and `why` see it."""
-    standing = AdminPort()
+    standing = AdminDouble()
+    standing.state = STATE
     yield standing
     standing.stop()
 
@@ -125,13 +99,13 @@ class TestTop:
 
     @pytest.mark.parametrize("ending", ["q", "ctrl-c", "SIGTERM"])
     def test_it_is_redrawn_until_it_is_told_to_end_and_leaves_the_terminal_as_it_was(
-        self, port: AdminPort, tmp_path: Path, ending: str
+        self, port: AdminDouble, tmp_path: Path, ending: str
     ) -> None:
         """Echo, line mode, cursor and screen are back, the exit code is 0, and nothing is left on the screen."""
         with Terminal(tierstream("top", "--url", port.url, "--interval", "0.2"), tmp_path) as terminal:
             terminal.wait(lambda text: "tierstream running" in text and "more partitions" in text, "the first picture")
             first = terminal.shown
-            port.state = port.state | {"state": "draining"}
+            port.state = STATE | {"state": "draining"}
             terminal.wait(lambda text: "tierstream draining" in text, "the next picture")
             assert terminal.settings[3] != terminal.settings_before[3], "a key would be seen"
             terminal.press("xyz ")
@@ -156,7 +130,7 @@ class TestTop:
         assert sum("/50" in line for line in first) >= 15, "the screen is not used"
         assert any("more partitions" in line for line in first)
 
-    def test_colours_are_left_out_where_that_is_asked_for(self, port: AdminPort, tmp_path: Path) -> None:
+    def test_colours_are_left_out_where_that_is_asked_for(self, port: AdminDouble, tmp_path: Path) -> None:
         """`NO_COLOR`."""
         seen = {}
         for name, environment in {"colour": {}, "none": {"NO_COLOR": "1"}}.items():
@@ -167,7 +141,7 @@ class TestTop:
         assert seen["colour"]
         assert not seen["none"]
 
-    def test_a_terminal_that_can_nothing_gets_one_picture(self, port: AdminPort, tmp_path: Path) -> None:
+    def test_a_terminal_that_can_nothing_gets_one_picture(self, port: AdminDouble, tmp_path: Path) -> None:
         """`TERM=dumb`: an editor's shell."""
         command = tierstream("top", "--url", port.url)
         with Terminal(command, tmp_path, lines=60, environment={"TERM": "dumb"}) as terminal:
@@ -259,7 +233,7 @@ class TestTables:
 class TestPipes:
     """What others read."""
 
-    def test_nothing_that_goes_into_a_pipe_has_an_escape(self, port: AdminPort, tmp_path: Path) -> None:
+    def test_nothing_that_goes_into_a_pipe_has_an_escape(self, port: AdminDouble, tmp_path: Path) -> None:
         """Also where the environment forces colours on others."""
         forced = {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "NO_COLOR": "", "TERM": "xterm-256color"}
         for arguments in (
@@ -275,10 +249,12 @@ class TestPipes:
     @pytest.mark.parametrize(
         "arguments", [["config", "schema"], ["config", "show"], ["why"], ["top"], ["schema", "show"], ["--help"]]
     )
-    def test_a_reader_that_leaves_ends_it_quietly(self, port: AdminPort, tmp_path: Path, arguments: list[str]) -> None:
+    def test_a_reader_that_leaves_ends_it_quietly(
+        self, port: AdminDouble, tmp_path: Path, arguments: list[str]
+    ) -> None:
         """`… | head -1`: no trace, no words, at whatever write it is noticed."""
         if arguments[0] in {"why", "top"}:
-            port.state = port.state | {"partitions": [partition(number) for number in range(3_000)]}
+            port.state = STATE | {"partitions": [partition(number) for number in range(3_000)]}
             arguments = [*arguments, "--url", port.url]
         ours, theirs = os.pipe()
         os.close(ours)
