@@ -5,7 +5,7 @@ partition in one epoch. The life of a record:
 
 1. ``receive``: the poller hands over fetched records. They are charged to the byte budget and wait in a buffer, apart
    from the window, so that the client's own buffers are always empty (hazard H8).
-2. *Track and decode*: the executor pulls. Offsets are tracked in delivery order; a record that cannot be decoded goes
+2. *Track and decode*: the executor takes. Offsets are tracked in delivery order; a record that cannot be decoded goes
    on as an error item, in its place.
 3. *Execute*: at most ``window`` operations at a time, under the reservation made before the first record was read.
 4. *Answer*: the outcome becomes one encoded response in the lane of its output partition; poison, panics and permanent
@@ -35,17 +35,18 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Literal, Protocol, TypeAlias
 from uuid import UUID, uuid5
 
 from consumer.budget import ByteBudget
 from consumer.codec import Decoded, OperationDecoder, ResponseEncoder
 from consumer.errors import DEAD_LETTER_CODES, AtCapacity, DecodeError, OperationPanic, TierstreamError, TooLarge
-from consumer.executor import OldestOperation, StreamExecutor
+from consumer.executor import Item, OldestOperation, StreamExecutor
 from consumer.log import bind_task, get_logger, key_digest
 from consumer.metrics import UNKNOWN_KIND, Counts, Exemplar, OldestState, PartitionState, record_labels
 from consumer.offset_map import encode
@@ -275,6 +276,8 @@ class Assignment:
         self._buffer: deque[_Entry] = deque()
         self._chunk: deque[_Entry] = deque()
         """Taken from the buffer and tracked, not yet decoded."""
+        self._awaited: Callable[[], Awaitable[object]] | None = None
+        """What the next record, or what comes of it, waits for; None where there will be none."""
         self._asking: asyncio.Timeout | None = None
         """There while the registry is being asked for a schema; ends that where the assignment ends."""
         self._entries: dict[int, _Entry] = {}
@@ -414,14 +417,7 @@ class Assignment:
             executor = self._executor or await self._reserve(patience)
             if executor is None:
                 break
-            outcomes = executor.execute(self._inputs())
-            try:
-                async for offset, outcome in outcomes:
-                    self._answer(offset, outcome)
-                    for ready_offset, ready_outcome in outcomes.at_hand():
-                        self._answer(ready_offset, ready_outcome)
-            finally:
-                await outcomes.aclose()
+            await executor.serve(partial(next, self._items(), None), self._wait, self._answer)
             self._executor = None
             if self.poison_limit is not None:
                 self._freed()  # type: ignore[unreachable]  # it changes while this task is suspended
@@ -474,12 +470,22 @@ class Assignment:
             return self._executor
         return None
 
-    async def _inputs(self) -> AsyncGenerator[tuple[int, Operation | Exception], None]:
-        """Give the executor one record after another, as an operation or as the error it became."""
+    async def _wait(self) -> bool:
+        """Wait for what :meth:`_items` could not go on without; False where it has ended."""
+        if self._awaited is None:
+            return False
+        await self._awaited()
+        return True
+
+    def _items(self) -> Iterator[Item | None]:
+        """Give the executor one record after another, as an operation or as the error it became.
+
+        None where it cannot go on: :meth:`_wait` is called then, and waits for what stands in ``_awaited``.
+        """
         pipeline = self._pipeline
         decode, schema_id_of, registry = pipeline.decoder.decode, pipeline.decoder.schema_id, pipeline.registry
         budget, counts, buffer, entries = pipeline.budget, self._counts, self._buffer, self._entries
-        gauge, note = self._gauge, self._note
+        gauge, note, read_bytes = self._gauge, self._note, pipeline.read_bytes
         slots, condemned = (None, frozenset()) if note is None else (note.slots, note.condemned)
         flood = 0
         while not self._ending and self.poison_limit is None and not (self._giving_up and not buffer):
@@ -488,7 +494,8 @@ class Assignment:
                 self._refill(self)
             if not chunk:
                 self._wake.clear()
-                await self._wake.wait()
+                self._awaited = self._wake.wait
+                yield None
                 continue
             while chunk and not self._ending:
                 entry = chunk.popleft()
@@ -498,7 +505,8 @@ class Assignment:
                 if registry is not None:
                     schema_id = schema_id_of(record.value, record.headers)
                     if schema_id is not None and not registry.knows(schema_id):
-                        await self._ask(registry, schema_id)
+                        self._awaited = partial(self._ask, registry, schema_id)
+                        yield None
                         if self._ending:
                             break  # type: ignore[unreachable]  # it changes while this generator is suspended
                 if slots is None:
@@ -520,17 +528,21 @@ class Assignment:
                     pipeline.counts.poison[decoded.error.code] += 1
                     flood += 1
                     if flood >= POISON_RUN and flood % POISON_STEP == 0:
-                        await self._make_way()
+                        self._awaited = self._make_way
+                        yield None
                     yield offset, decoded.error
                     continue
                 flood = 0
                 counts.operations += 1
                 if operation.kind == "get":
-                    await budget.reserve_read(pipeline.read_bytes)
-                    entry.reserved = pipeline.read_bytes
+                    if not budget.reserve_read_nowait(read_bytes):
+                        self._awaited = partial(budget.reserve_read, read_bytes)
+                        yield None
+                    entry.reserved = read_bytes
                 elif isinstance(operation, Insert | Delete):
                     operation = self._placed(operation, record)
                 yield offset, operation
+        self._awaited = None
 
     def _undecoded(self, offset: int) -> Decoded:
         """Make a poison record of one that must not be decoded again."""

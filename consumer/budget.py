@@ -74,12 +74,18 @@ class ByteBudget:
 
         Cancellation: nothing is charged.
         """
-        while self._reads and self._used + size > self.limit:
+        while not self.reserve_read_nowait(size):
             if self._waiters is None:
                 self._waiters = asyncio.Event()
             await self._waiters.wait()
+
+    def reserve_read_nowait(self, size: int) -> bool:
+        """As :meth:`reserve_read` where there is room; False, and nothing is charged, where there is none."""
+        if self._reads and self._used + size > self.limit:
+            return False
         self._reads += 1
         self._used += size
+        return True
 
     def answer_read(self, reserved: int, size: int) -> None:
         """A read is answered: charge the *size* of its answer, instead of what was *reserved*, until it is released."""

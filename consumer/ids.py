@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from consumer.errors import InvalidOperation
@@ -61,6 +61,8 @@ class ObjectContext:
 
     usecase: str
     scopes: tuple[Scope, ...] = ()
+    storage_prefix: str = field(default="", repr=False, compare=False)
+    """The storage path up to and including ``objects/``; computed, whatever is passed in."""
 
     def __init__(self, usecase: str, scopes: Sequence[Scope] = ()) -> None:
         if not _matches(_USECASE, usecase):
@@ -71,14 +73,8 @@ class ObjectContext:
             raise InvalidOperation(f"at most {SCOPES_MAX} scopes are allowed")
         object.__setattr__(self, "usecase", usecase)
         object.__setattr__(self, "scopes", tuple(scopes))
-
-    @property
-    def storage_prefix(self) -> str:
-        """The storage path up to and including ``objects/``."""
-        if not self.scopes:
-            return f"{self.usecase}/{OBJECTS_SEGMENT}/"
-        segments = "/".join(f"{scope.name}.{scope.value}" for scope in self.scopes)
-        return f"{self.usecase}/{segments}/{OBJECTS_SEGMENT}/"
+        segments = (usecase, *[f"{scope.name}.{scope.value}" for scope in scopes], OBJECTS_SEGMENT, "")
+        object.__setattr__(self, "storage_prefix", "/".join(segments))
 
     def __str__(self) -> str:
         """Public form: the scopes as ``name=value`` joined by ``;``, ``_`` when there are none (ID-7)."""

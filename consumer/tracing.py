@@ -23,8 +23,8 @@ This module is not even imported without it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from importlib import metadata
 from typing import Any, Final, TypeVar, cast
@@ -40,6 +40,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from consumer.assignment import Assignment, Lane, Outcome, Owner, Pipeline
 from consumer.errors import TierstreamError
+from consumer.executor import Item
 from consumer.handler import Handler, with_key
 from consumer.operations import Operation, OpResponse
 from consumer.responses import Header, response_partition
@@ -174,24 +175,26 @@ class TracedAssignment(Assignment):
         self._output_topic = output_topic
         self._lane = _TracedLane(self._lane, self)
 
-    async def _inputs(self) -> AsyncGenerator[tuple[int, Operation | Exception], None]:
+    def _items(self) -> Iterator[Item | None]:
         tracer, operations = self._tracing.tracer, self._tracing.operations
-        async with aclosing(super()._inputs()) as inputs:
-            async for offset, item in inputs:
-                given: Operation | Exception = item
-                processing = tracer.start_span(
-                    f"process {self.topic}",
-                    extracted(self._entries[offset].record.headers),
-                    SpanKind.CONSUMER,
-                    {**self._processing_attributes, "messaging.kafka.offset": offset},
-                )
-                if isinstance(given, Exception):
-                    self._records[offset] = TracedRecord(processing, None)
-                else:
-                    given = with_key(given)  # what is executed is this very object
-                    processing.set_attribute("tierstream.kind", given.kind)
-                    operations[id(given)] = self._records[offset] = TracedRecord(processing, given)
-                yield offset, given
+        for item in super()._items():
+            if item is None:
+                yield None
+                continue
+            offset, given = item
+            processing = tracer.start_span(
+                f"process {self.topic}",
+                extracted(self._entries[offset].record.headers),
+                SpanKind.CONSUMER,
+                {**self._processing_attributes, "messaging.kafka.offset": offset},
+            )
+            if isinstance(given, Exception):
+                self._records[offset] = TracedRecord(processing, None)
+            else:
+                given = with_key(given)  # what is executed is this very object
+                processing.set_attribute("tierstream.kind", given.kind)
+                operations[id(given)] = self._records[offset] = TracedRecord(processing, given)
+            yield offset, given
 
     def _answer(self, offset: int, outcome: Outcome) -> None:
         if isinstance(outcome, Exception):

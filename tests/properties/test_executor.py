@@ -45,9 +45,11 @@ class Scenario:
     ends_after: int | None
     """Outcomes after which the output is left; None = it is consumed to its end."""
     ends_by: str
-    """``aclose``, ``executor``, ``forget`` or ``cancel``."""
+    """``aclose``, ``executor``, ``forget`` or ``cancel``; served, ``forget`` is a delivery that fails."""
     input_error: bool
     """Whether the input ends by raising."""
+    served: bool = False
+    """Whether items are taken and outcomes delivered without waiting, instead of pulled and consumed."""
 
 
 SCENARIOS = st.builds(
@@ -70,6 +72,7 @@ SCENARIOS = st.builds(
     ends_after=st.one_of(st.none(), st.integers(0, 40)),
     ends_by=st.sampled_from(["aclose", "executor", "forget", "cancel"]),
     input_error=st.booleans(),
+    served=st.booleans(),
 )
 
 
@@ -91,6 +94,10 @@ class World:
     started: list[tuple[str, int]] = field(default_factory=list)
     limiter: ConcurrencyLimiter = field(default_factory=ConcurrencyLimiter)
     lost_permits: bool = False
+    waited_for: int = -1
+    """The item that was last waited for, where the execution is served."""
+    dry: bool = False
+    """True from an item that is not at hand until it has been waited for."""
 
     async def wait(self) -> None:
         """Wait until the scheduler picks this wait."""
@@ -159,14 +166,42 @@ class World:
 
     async def inputs(self) -> Any:
         """Yield the items of the scenario; typed loosely, because some are nonsense."""
-        for number, (kind, key, _, _) in enumerate(self.scenario.things):
+        for number in range(len(self.scenario.things)):
             if self.scenario.input_waits and number % self.scenario.input_waits == 0:
                 await self.wait()
-            self.pulled += 1
-            self.outstanding_max = max(self.outstanding_max, self.pulled - self.yielded)
-            yield number, thing(kind, key)
+            yield self.item(number)
         if self.scenario.input_error:
             raise CallerError
+
+    def item(self, number: int) -> Any:
+        """Make one item, which is pulled by that."""
+        kind, key, _, _ = self.scenario.things[number]
+        self.pulled += 1
+        self.outstanding_max = max(self.outstanding_max, self.pulled - self.yielded)
+        return number, thing(kind, key)
+
+    # ---- input that says what it has at hand
+
+    def take(self) -> Any:
+        """Give the next item; None where it is one that is waited for, and at the end."""
+        assert not self.dry, "asked again before it was waited for"
+        number, waits = self.pulled, self.scenario.input_waits
+        if number == len(self.scenario.things) or (waits and number % waits == 0 and self.waited_for != number):
+            self.dry = True
+            return None
+        return self.item(number)
+
+    async def wait_for_input(self) -> bool:
+        """Wait for the next item, or end the input as the scenario says."""
+        assert self.dry, "waited for though it was at hand"
+        if self.pulled < len(self.scenario.things):
+            await self.wait()
+            self.waited_for = self.pulled
+            self.dry = False
+            return True
+        if self.scenario.input_error:
+            raise CallerError
+        return False
 
 
 def thing(kind: str, key: str) -> Any:
@@ -189,6 +224,9 @@ def thing(kind: str, key: str) -> Any:
 async def consume(world: World, executor: StreamExecutor, seen: list[Outcome]) -> None:
     """Consume the output as the scenario says."""
     scenario = world.scenario
+    if scenario.served:
+        await serve(world, executor, seen)
+        return
     outcomes = executor.execute(world.inputs())
     if scenario.ends_after == 0:
         return
@@ -213,6 +251,27 @@ async def consume(world: World, executor: StreamExecutor, seen: list[Outcome]) -
     except asyncio.CancelledError:
         await outcomes.aclose()  # the traceback refers to the output: it would be forgotten with the task only
         raise
+
+
+async def serve(world: World, executor: StreamExecutor, seen: list[Outcome]) -> None:
+    """Have the input served, to the end that the scenario says."""
+    scenario, task, closing = world.scenario, asyncio.current_task(), []
+    assert task is not None
+
+    def deliver(index: int, outcome: Any) -> None:
+        world.yielded += 1
+        seen.append((index, outcome))
+        if len(seen) == scenario.ends_after:
+            match scenario.ends_by:
+                case "forget":
+                    raise ValueError
+                case "cancel":
+                    task.cancel()
+                case _:
+                    closing.append(asyncio.ensure_future(executor.aclose()))
+
+    await executor.serve(world.take, world.wait_for_input, deliver)
+    await asyncio.gather(*closing)
 
 
 async def play(scenario: Scenario) -> tuple[World, list[Outcome], BaseException | None]:
@@ -319,10 +378,9 @@ def test_items_are_the_callers_business(scenario: Scenario) -> None:
     items: list[Item] = []
 
     class Remembering(World):
-        async def inputs(self) -> Any:
-            async for item in super().inputs():
-                items.append(item)
-                yield item
+        def item(self, number: int) -> Any:
+            items.append(super().item(number))
+            return items[-1]
 
     async def drive() -> list[Outcome]:
         world = Remembering(scenario, Random(scenario.seed), limiter=ConcurrencyLimiter(scenario.window))

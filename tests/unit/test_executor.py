@@ -1331,3 +1331,194 @@ class TestAtHand:
 
         await outcomes.aclose()
         assert list(outcomes.at_hand()) == []
+
+
+class Served:
+    """An execution that is served, with an input that is fed and outcomes as they were delivered."""
+
+    def __init__(self, storage: object, window: int, ordering: Ordering = "unordered") -> None:
+        self.stream = Stream(storage, window, ordering)
+        self.executor = self.stream.executor
+        self.items: deque[Item] = deque()
+        self.delivered: list[Outcome] = []
+        self.over = False
+        self.takes_nothing = False
+        self._fed = asyncio.Event()
+        self.task = asyncio.create_task(self.executor.serve(self.take, self.wait, self.deliver))
+
+    def feed(self, *items: Item) -> None:
+        """Have *items* at hand."""
+        self.items.extend(items)
+        self._fed.set()
+
+    def end(self) -> None:
+        """End the input."""
+        self.over = True
+        self._fed.set()
+
+    def take(self) -> Item | None:
+        """Give what is at hand."""
+        return self.items.popleft() if self.items else None
+
+    async def wait(self) -> bool:
+        """Wait until something is, or the input is over."""
+        while not self.items and not self.over:
+            self._fed.clear()
+            await self._fed.wait()
+        return bool(self.items)
+
+    def deliver(self, index: int, outcome: object) -> None:
+        """Keep one outcome."""
+        if self.takes_nothing:
+            raise ValueError("not taken")
+        self.delivered.append((index, outcome))  # type: ignore[arg-type]  # whatever comes
+
+
+class TestServed:
+    """An input that says what it has at hand, and an output that never waits; the rest is held by properties."""
+
+    async def test_all_is_delivered_before_it_ends(self) -> None:
+        """As an execution that is consumed, errors and keyless inserts included."""
+        served = Served(GatedStorage(), 2)
+        error = DecodeError("poison")
+        served.feed((4, insert(None)), (7, error), (9, get("a")), (10, "nonsense"))  # type: ignore[arg-type]
+        served.end()
+
+        await asyncio.wait_for(served.task, 5)
+
+        outcomes = dict(served.delivered)
+        assert isinstance(outcomes[4], Inserted)
+        assert outcomes[7] is error
+        assert outcomes[9] == Got("a", None)
+        assert isinstance(outcomes[10], InvalidOperation)
+        assert served.stream.limiter.in_use == 0
+
+    async def test_the_next_item_is_taken_in_the_step_that_finishes_an_operation(self) -> None:
+        """Nobody is called for it: that is what being served is for."""
+        storage = GatedStorage("a", "b")
+        served = Served(storage, 1)
+        served.feed((0, head("a")), (1, head("b")))
+        await settled()
+
+        storage.let_go("a")
+        turns = 0
+        while ("head", "b") not in storage.calls:
+            await asyncio.sleep(0)
+            turns += 1
+
+        assert turns <= 3  # of them one for the gate, one for whoever waits at it
+        storage.let_all_go()
+        served.end()
+        await asyncio.wait_for(served.task, 5)
+
+    async def test_the_window_stays_full_though_turns_are_passed(self) -> None:
+        """A runner that goes on with the turn of its object takes nothing: others have to."""
+        storage = GatedStorage(hold_all=True)
+        served = Served(storage, 3, "key")
+        served.feed(*enumerate([head(key) for key in ("hot", "hot", "hot", "a", "b", "c")]))
+        await settled()
+        assert storage.running == [("head", "hot")]
+
+        storage.let_go("hot")
+        await settled()
+
+        assert len(storage.running) == 3
+        storage.let_all_go()
+        served.end()
+        await asyncio.wait_for(served.task, 5)
+
+    async def test_a_window_that_has_found_nothing_fills_up_again(self) -> None:
+        """What comes later is waited for by the puller, and started at once."""
+        storage = GatedStorage(hold_all=True)
+        served = Served(storage, 2)
+        served.feed((0, head("a")))
+        await settled()
+
+        served.feed((1, head("b")), (2, head("c")))
+        await settled()
+        assert storage.running == [("head", "a"), ("head", "b")]
+
+        storage.let_go("a")
+        await settled()
+
+        assert storage.running == [("head", "b"), ("head", "c")]
+        storage.let_all_go()
+        served.end()
+        await asyncio.wait_for(served.task, 5)
+
+    @pytest.mark.parametrize("thing", [head("a"), DecodeError("poison")], ids=["operations", "errors"])
+    async def test_others_have_their_turn_though_nothing_suspends(self, thing: Head | DecodeError) -> None:
+        """After a window's worth at the latest."""
+        served = Served(GatedStorage(), 10)
+        served.feed(*[(number, thing) for number in range(1_000)])
+        served.end()
+
+        turns = 0
+        while not served.task.done():
+            before = len(served.delivered)
+            await asyncio.sleep(0)
+            turns += 1
+            assert len(served.delivered) - before <= 2 * 10
+
+        assert turns >= 1_000 / 20
+        assert len(served.delivered) == 1_000
+
+    @pytest.mark.parametrize("thing", [head("a"), DecodeError("poison")], ids=["operation", "error"])
+    async def test_a_delivery_that_fails_ends_it(self, thing: Head | DecodeError) -> None:
+        """With the permits back; a defect must not go unseen."""
+        served = Served(GatedStorage(), 2)
+        served.takes_nothing = True
+        served.feed((0, thing))
+        served.end()
+
+        with pytest.raises(ValueError, match="not taken"):
+            await asyncio.wait_for(served.task, 5)
+
+        assert served.stream.limiter.in_use == 0
+
+    async def test_cancelled_it_leaves_what_runs_to_its_end(self) -> None:
+        """The permits come back after the last operation, whose outcome nobody hears of."""
+        storage = GatedStorage("a")
+        served = Served(storage, 2)
+        served.feed((0, head("a")))
+        await settled()
+
+        served.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await served.task
+        served.feed((1, head("b")))
+        await settled()
+        assert served.stream.limiter.in_use == 2
+
+        storage.let_go("a")
+        await settled()
+
+        assert served.stream.limiter.in_use == 0
+        assert storage.ended == [("head", "a")]
+        assert not served.delivered
+
+    async def test_a_runner_that_is_cancelled_leaves_the_window_to_others(self) -> None:
+        """Also where it has just let others have their turn, and would have taken more."""
+        served = Served(GatedStorage(), 10)
+        served.feed(*[(number, head("a")) for number in range(1_000)])
+        while not served.delivered:  # noqa: ASYNC110 - to be met in its first steps
+            await asyncio.sleep(0)
+
+        for runner in served.executor._runners:
+            runner.cancel()
+        await settled()
+        served.end()
+        await asyncio.wait_for(served.task, 5)
+
+        assert len(served.delivered) == 1_000
+
+    async def test_it_is_served_once(self) -> None:
+        """As it is executed once."""
+        served = Served(GatedStorage(), 1)
+        served.end()
+        await asyncio.wait_for(served.task, 5)
+
+        with pytest.raises(RuntimeError, match="once"):
+            await served.executor.serve(served.take, served.wait, served.deliver)
+        with pytest.raises(RuntimeError, match="once"):
+            served.executor.execute(Source())
