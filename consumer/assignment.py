@@ -37,7 +37,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Literal, Protocol, TypeAlias
@@ -51,7 +51,7 @@ from consumer.log import bind_task, get_logger, key_digest
 from consumer.metrics import UNKNOWN_KIND, Counts, Exemplar, OldestState, PartitionState, record_labels
 from consumer.offset_map import encode
 from consumer.offsets import DISTANCE_MAX, OffsetTracker, Run
-from consumer.operations import Delete, Insert, Operation, OpResponse, Position
+from consumer.operations import Insert, OpResponse, Position
 from consumer.poison import UNLIMITED, PoisonPolicy
 from consumer.registry import SchemaRegistry
 from consumer.responses import DeadLetters, Header, ResponseHeaders
@@ -214,6 +214,8 @@ class Assignment:
         note: Where the record being decoded is noted; closed with the assignment.
     """
 
+    _awaited: Callable[[], Awaitable[object]] | None = None
+    """What the next record, or what comes of it, waits for; None where there will be none."""
     _source: str | None = None
     """This very log, for the positions of writes; None where it cannot be told from others."""
 
@@ -276,8 +278,6 @@ class Assignment:
         self._buffer: deque[_Entry] = deque()
         self._chunk: deque[_Entry] = deque()
         """Taken from the buffer and tracked, not yet decoded."""
-        self._awaited: Callable[[], Awaitable[object]] | None = None
-        """What the next record, or what comes of it, waits for; None where there will be none."""
         self._asking: asyncio.Timeout | None = None
         """There while the registry is being asked for a schema; ends that where the assignment ends."""
         self._entries: dict[int, _Entry] = {}
@@ -477,7 +477,7 @@ class Assignment:
         await self._awaited()
         return True
 
-    def _items(self) -> Iterator[Item | None]:
+    def _items(self) -> Iterator[Item | None]:  # noqa: C901, PLR0912, PLR0915 - the hot path: calls cost most
         """Give the executor one record after another, as an operation or as the error it became.
 
         None where it cannot go on: :meth:`_wait` is called then, and waits for what stands in ``_awaited``.
@@ -486,6 +486,7 @@ class Assignment:
         decode, schema_id_of, registry = pipeline.decoder.decode, pipeline.decoder.schema_id, pipeline.registry
         budget, counts, buffer, entries = pipeline.budget, self._counts, self._buffer, self._entries
         gauge, note, read_bytes = self._gauge, self._note, pipeline.read_bytes
+        derive_keys = pipeline.derive_keys
         slots, condemned = (None, frozenset()) if note is None else (note.slots, note.condemned)
         flood = 0
         while not self._ending and self.poison_limit is None and not (self._giving_up and not buffer):
@@ -497,6 +498,7 @@ class Assignment:
                 self._awaited = self._wake.wait
                 yield None
                 continue
+            source = self._source
             while chunk and not self._ending:
                 entry = chunk.popleft()
                 record = entry.record
@@ -509,14 +511,15 @@ class Assignment:
                         yield None
                         if self._ending:
                             break  # type: ignore[unreachable]  # it changes while this generator is suspended
+                position = None if source is None else Position(source, offset)
                 if slots is None:
-                    decoded = decode(record.value, record.headers)
+                    decoded = decode(record.value, record.headers, position)
                 elif condemned and (offset, record.timestamp) in condemned:
                     decoded = self._undecoded(offset)
                 else:
                     slots[TIMESTAMP] = record.timestamp
                     slots[OFFSET] = offset
-                    decoded = decode(record.value, record.headers)
+                    decoded = decode(record.value, record.headers, position)
                     slots[OFFSET] = NOBODY
                 entry.decoded = decoded
                 if gauge is not None and (limit := gauge.add(poison=decoded.poison)) is not None:
@@ -539,8 +542,8 @@ class Assignment:
                         self._awaited = partial(budget.reserve_read, read_bytes)
                         yield None
                     entry.reserved = read_bytes
-                elif isinstance(operation, Insert | Delete):
-                    operation = self._placed(operation, record)
+                elif derive_keys and operation.key is None and isinstance(operation, Insert):
+                    operation = replace(operation, key=self._derived_key(record))
                 yield offset, operation
         self._awaited = None
 
@@ -620,18 +623,10 @@ class Assignment:
             )
         self._on_resolved(len(skipped))
 
-    def _placed(self, operation: Insert | Delete, record: Record) -> Insert | Delete:
-        """Give a write its position, and an insert without a key the key that every replay of this record gives it."""
-        position = None if self._source is None else Position(self._source, record.offset)
-        if isinstance(operation, Delete):
-            return operation if position is None else Delete(operation.context, operation.key, position)
-        key = operation.key
-        if key is None and self._pipeline.derive_keys:
-            name = f"{self._pipeline.cluster_id}/{self.topic}/{self.partition}/{record.offset}/{record.timestamp}"
-            key = str(uuid5(KEY_NAMESPACE, name))
-        if position is None and key is operation.key:
-            return operation
-        return Insert(operation.context, key, operation.metadata, operation.payload, position)
+    def _derived_key(self, record: Record) -> str:
+        """Return the key that an insert without one is given by every replay of its record."""
+        name = f"{self._pipeline.cluster_id}/{self.topic}/{self.partition}/{record.offset}/{record.timestamp}"
+        return str(uuid5(KEY_NAMESPACE, name))
 
     # ------------------------------------------------------------------------------------------ the answer goes out
 

@@ -66,6 +66,7 @@ from consumer.operations import (
     Operation,
     OpResponse,
     PayloadReference,
+    Position,
     TimeToIdle,
     TimeToLive,
 )
@@ -265,6 +266,9 @@ def _sized(data: bytes, at: int) -> tuple[bytes, int]:
 
 def _text(data: bytes, at: int) -> tuple[str, int]:
     """Read a string."""
+    size = data[at]
+    if size < 128 and not size & 1 and (end := at + 1 + (size >> 1)) <= len(data):
+        return data[at + 1 : end].decode(), end
     at, end = read_length(data, at)
     return data[at:end].decode(), end
 
@@ -326,7 +330,7 @@ class _Reader:
         self._metadata = _Metadata()
         self._metadata_bytes = _DEFAULT_METADATA_BYTES
 
-    def read(self, data: bytes, at: int) -> tuple[_Context, str | None, _Body]:
+    def read(self, data: bytes, at: int) -> tuple[_Context, str | None, _Body]:  # noqa: PLR0912 - the hot path
         """Read the datum that is all of *data* from *at* on.
 
         Raises:
@@ -349,10 +353,21 @@ class _Reader:
         else:
             request_id, at = _optional(data, at, _text)
 
+        # Nearly every index and short length is a single byte, which is read where it stands; all else by the book.
         body: _Body
-        index, at = read_index(data, at, 4)
+        key: str | None
+        payload: bytes | PayloadReference
+        first = data[at]
+        if first < 8 and not first & 1:
+            index = first >> 1
+            at += 1
+        else:
+            index, at = read_index(data, at, 4)
         if index == 0:
-            key, at = _optional(data, at, _text)
+            if data[at] == 2:
+                key, at = _text(data, at + 1)
+            else:
+                key, at = _optional(data, at, _text)
             if data.startswith(self._metadata_bytes, at):
                 metadata = self._metadata
                 at += len(self._metadata_bytes)
@@ -360,8 +375,11 @@ class _Reader:
                     raise DecodeError(_TOO_MANY_ITEMS)
             else:
                 metadata, at = self._read_metadata(data, at, self._elements_max - context.elements)
-            index, at = read_index(data, at, 2)
-            payload, at = _reference(data, at) if index else _sized(data, at)
+            if data[at] == 0:
+                payload, at = _sized(data, at + 1)
+            else:
+                index, at = read_index(data, at, 2)
+                payload, at = _reference(data, at) if index else _sized(data, at)
             body = "insert", key, metadata, payload
         else:
             key, at = _text(data, at)
@@ -490,8 +508,8 @@ class OperationDecoder:
         self._scanners: WeakKeyDictionary[Schema, Scanner] = WeakKeyDictionary()
         """Of foreign schemas, for as long as the resolver keeps them."""
 
-    def decode(self, value: bytes | None, headers: Headers = ()) -> Decoded:
-        """Decode one record's *value*; never raises."""
+    def decode(self, value: bytes | None, headers: Headers = (), position: Position | None = None) -> Decoded:
+        """Decode one record's *value*; never raises. A write says that it comes from *position*."""
         if value is None:
             return Decoded(None, DecodeError("the record has no value", code="null_value"), poison=True)
         if len(value) > self._record_bytes_max:
@@ -513,7 +531,7 @@ class OperationDecoder:
         except Exception as error:  # noqa: BLE001 - memory and recursion limits, and whatever a schema makes fastavro do
             failed = DecodeError(f"the record cannot be read: {type(error).__name__}")
         else:
-            return self._checked(context, request_id, body, schema_id)
+            return self._checked(context, request_id, body, schema_id, position)
         return Decoded(None, failed, poison=True, schema_id=schema_id)
 
     def schema_id(self, value: bytes | None, headers: Headers = ()) -> str | None:
@@ -577,7 +595,14 @@ class OperationDecoder:
         usecase, scopes, request_id, body = _foreign_fields(fields, schema)  # type: ignore[arg-type] # a record
         return self._reader.context(usecase, scopes), request_id, body
 
-    def _checked(self, context: _Context, request_id: str | None, body: _Body, schema_id: str | None) -> Decoded:
+    def _checked(
+        self,
+        context: _Context,
+        request_id: str | None,
+        body: _Body,
+        schema_id: str | None,
+        position: Position | None,
+    ) -> Decoded:
         """Hold what was read against the rules; what breaks one is not echoed."""
         kind, key, metadata, payload = body
         error: TierstreamError | None = context.error
@@ -601,9 +626,12 @@ class OperationDecoder:
         operation: Operation | None = None
         if error is None and context.context is not None:
             if metadata is not None and metadata.metadata is not None:
-                operation = Insert(context.context, key, metadata.metadata, payload)
+                operation = Insert(context.context, key, metadata.metadata, payload, position)
             elif key is not None:
-                operation = _BY_KEY[kind](context.context, key)
+                if kind == "delete":
+                    operation = Delete(context.context, key, position)
+                else:
+                    operation = (Get if kind == "get" else Head)(context.context, key)
         return Decoded(
             operation,
             error,
@@ -615,9 +643,6 @@ class OperationDecoder:
             schema_id=schema_id,
             context_bytes=context.encoded,
         )
-
-
-_BY_KEY: dict[Kind, type[Get | Delete | Head]] = {"get": Get, "delete": Delete, "head": Head}
 
 
 def _key_error(key: str | None, prefix_bytes: int) -> InvalidOperation | None:
@@ -724,10 +749,6 @@ def _optional_number(value: int | None) -> bytes:
     return b"\x00" if value is None else b"\x02" + _number(value)
 
 
-def _optional_time(moment: datetime | None) -> bytes:
-    return b"\x00" if moment is None else b"\x02" + _number(_micros(moment))
-
-
 def _micros(moment: datetime) -> int:
     since = moment - _EPOCH
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
@@ -745,17 +766,35 @@ def _context_bytes(context: ObjectContext) -> bytes:
 
 
 def _metadata_bytes(metadata: Metadata) -> bytes:
-    expiration, custom = metadata.expiration, metadata.custom
+    created, expires, size = metadata.time_created, metadata.time_expires, metadata.size
+    return b"%b%b%b%b" % (
+        _described_bytes(metadata),
+        b"\x00" if created is None else b"\x02" + _number(_micros(created)),
+        b"\x00" if expires is None else b"\x02" + _number(_micros(expires)),
+        b"\x00" if size is None else b"\x02" + _number(size),
+    )
+
+
+def _described_bytes(metadata: Metadata) -> bytes:
+    """Write what the caller says of an object: all but the read-only fields."""
+    content_type, custom, expiration = metadata.content_type, metadata.custom, metadata.expiration
+    compression, filename, origin = metadata.compression, metadata.filename, metadata.origin
+    if (
+        content_type == CONTENT_TYPE_DEFAULT
+        and expiration is None
+        and compression is None
+        and filename is None
+        and origin is None
+        and not custom
+    ):
+        return _NOTHING_DESCRIBED
     return (
-        (_DEFAULT_CONTENT_TYPE if metadata.content_type == CONTENT_TYPE_DEFAULT else _string(metadata.content_type))
+        _string(content_type)
         + (b"\x00" if expiration is None else b"\x02" + _string(expiration.policy) + _number(expiration.seconds))
-        + _optional_string(metadata.compression)
-        + _optional_string(metadata.filename)
-        + _optional_string(metadata.origin)
+        + _optional_string(compression)
+        + _optional_string(filename)
+        + _optional_string(origin)
         + (_pairs_bytes(custom.items()) if custom else b"\x00")
-        + _optional_time(metadata.time_created)
-        + _optional_time(metadata.time_expires)
-        + _optional_number(metadata.size)
     )
 
 
@@ -775,7 +814,8 @@ def got_bytes_max(metadata: Metadata) -> int:
     return ENVELOPE_BYTES_MAX + len(_metadata_bytes(metadata)) + (metadata.size or 0)
 
 
-_DEFAULT_CONTENT_TYPE = _string(CONTENT_TYPE_DEFAULT)
+_NOTHING_DESCRIBED = _string(CONTENT_TYPE_DEFAULT) + b"\x00\x00\x00\x00\x00"
+"""Metadata that says nothing: the default content type, and four fields and a map that are empty."""
 _DEFAULT_METADATA_BYTES = _metadata_bytes(DEFAULT_METADATA)
 
 

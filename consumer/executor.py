@@ -539,7 +539,13 @@ class StreamExecutor:
                 key = None
                 if ready:
                     index, operation = ready.popleft()
-                elif take is None or self._puller_parked is None or self._outstanding >= window or self._stopped:
+                elif (
+                    take is None
+                    or deliver is None  # both, or neither
+                    or self._puller_parked is None
+                    or self._outstanding >= window
+                    or self._stopped
+                ):
                     self._nothing_ready()
                     return
                 elif not steps:

@@ -204,30 +204,31 @@ class Handler:
 
         Cancellation: as :meth:`apply`.
         """
-        match operation:
-            case Insert(context=context, key=key, metadata=metadata, payload=payload):
-                metadata.validate()
-                object_id = ObjectId(context, key or "")
-                if isinstance(payload, bytes):
-                    if self._object_bytes_max is not None and len(payload) > self._object_bytes_max:
-                        raise TooLarge(f"an object has at most {self._object_bytes_max} bytes")
-                    return Inserted(object_id, await self._put(object_id, metadata, payload, operation.position))
-                return Inserted(
-                    object_id, await self._put_by_reference(object_id, metadata, payload, operation.position)
-                )
-            case Get():
-                object_id = ObjectId(operation.context, operation.key)
-                return Got(object_id.key, await self._storage.get(object_id))
-            case Delete():
-                object_id = ObjectId(operation.context, operation.key)
-                if operation.position is None:
-                    await self._storage.delete(object_id)
-                else:
-                    await cast("FencedStorage", self._storage).delete(object_id, operation.position)
-                return Deleted(object_id.key)
-            case Head():
-                object_id = ObjectId(operation.context, operation.key)
-                return Headed(object_id.key, await self._storage.head(object_id))
+        if isinstance(operation, Insert):
+            operation.metadata.validate()
+            object_id = ObjectId(operation.context, operation.key or "")
+            payload = operation.payload
+            if isinstance(payload, bytes):
+                if self._object_bytes_max is not None and len(payload) > self._object_bytes_max:
+                    raise TooLarge(f"an object has at most {self._object_bytes_max} bytes")
+                return Inserted(object_id, await self._put(object_id, operation.metadata, payload, operation.position))
+            return Inserted(
+                object_id,
+                await self._put_by_reference(object_id, operation.metadata, payload, operation.position),
+            )
+        if isinstance(operation, Get):
+            object_id = ObjectId(operation.context, operation.key)
+            return Got(object_id.key, await self._storage.get(object_id))
+        if isinstance(operation, Delete):
+            object_id = ObjectId(operation.context, operation.key)
+            if operation.position is None:
+                await self._storage.delete(object_id)
+            else:
+                await cast("FencedStorage", self._storage).delete(object_id, operation.position)
+            return Deleted(object_id.key)
+        if isinstance(operation, Head):
+            object_id = ObjectId(operation.context, operation.key)
+            return Headed(object_id.key, await self._storage.head(object_id))
         raise not_an_operation(operation)
 
     async def finish(self, operation: Operation, attempt: Awaitable[OpResponse], progress: Progress) -> OpResponse:

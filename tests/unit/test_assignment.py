@@ -637,9 +637,9 @@ class WatchingDecoder(OperationDecoder):
         self.noted: list[tuple[int, int]] = []
         self._note = note
 
-    def decode(self, value: bytes | None, headers: Any = ()) -> Any:
+    def decode(self, value: bytes | None, headers: Any = (), position: Position | None = None) -> Any:
         self.noted.append((self._note.slots[OFFSET], self._note.slots[TIMESTAMP]))
-        return super().decode(value, headers)
+        return super().decode(value, headers, position)
 
 
 class TestFlood:
