@@ -42,7 +42,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -321,12 +321,6 @@ class StreamExecutor:
             await self._pull_and_wait(inputs)
         self._outstanding -= 1
         return outcomes.popleft()
-
-    def _outcomes_at_hand(self) -> Iterator[Outcome]:
-        outcomes = self._outcomes
-        while outcomes and (self._puller_parked is None or self._outstanding * 2 > self.window):
-            self._outstanding -= 1
-            yield outcomes.popleft()
 
     async def _pull_and_wait(self, inputs: AsyncIterator[Item]) -> None:
         """Let the puller in; return when there is an outcome to be yielded, raise when there will be none."""
@@ -713,13 +707,6 @@ class Outcomes:
         Cancellation: loses no outcome; operations in flight go on.
         """
         return self._executor._next_outcome(self, self._inputs)  # noqa: SLF001 - the executor's own other end
-
-    def at_hand(self) -> Iterator[Outcome]:
-        """Yield outcomes for as long as one can be had without waiting; what is not taken stays.
-
-        As awaiting them one by one, for less: to be used after one has been awaited, until the next is.
-        """
-        return self._executor._outcomes_at_hand()  # noqa: SLF001 - the executor's own other end
 
     async def aclose(self) -> None:
         """As :meth:`StreamExecutor.aclose`."""

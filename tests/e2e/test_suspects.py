@@ -20,10 +20,10 @@ from consumer.codec import OperationDecoder
 decode = OperationDecoder.decode
 
 
-def dies(self, value, headers=()):
+def dies(self, value, *more):
     if value is not None and b"KILLER" in value:
         os.kill(os.getpid(), signal.SIGSEGV)
-    return decode(self, value, headers)
+    return decode(self, value, *more)
 
 
 OperationDecoder.decode = dies

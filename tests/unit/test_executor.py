@@ -1296,43 +1296,6 @@ class TestDefects:
         assert calls == window
 
 
-class TestAtHand:
-    """Outcomes that can be had without waiting."""
-
-    async def test_are_the_same_in_the_same_order_each_once(self) -> None:
-        """Awaited or taken: one sequence."""
-        outcomes = Stream(GatedStorage(), 10).run(*[head(str(number)) for number in range(100)])
-        indexes = []
-        async for index, _ in outcomes:
-            indexes.append(index)
-            indexes += [index for index, _ in outcomes.at_hand()]
-
-        assert indexes == list(range(100))
-
-    async def test_what_is_not_taken_stays(self) -> None:
-        """Whoever stops in the middle loses nothing."""
-        outcomes = Stream(GatedStorage(), 10).run(*[head(str(number)) for number in range(10)])
-        first = await anext(outcomes)
-        second = next(outcomes.at_hand())
-
-        assert [first[0], second[0]] == [0, 1]
-        assert [index for index, _ in await all_of(outcomes)] == list(range(2, 10))
-
-    async def test_end_where_half_of_the_window_is_free_so_that_storage_is_kept_busy(self) -> None:
-        """The puller has its turn before more is handed over."""
-        source = Source([head(str(number)) for number in range(40)])
-        outcomes = Stream(GatedStorage(), 10).executor.execute(source)
-        await anext(outcomes)
-        assert source.pulled == 10
-
-        assert len(list(outcomes.at_hand())) == 4
-        await anext(outcomes)
-        assert source.pulled == 15
-
-        await outcomes.aclose()
-        assert list(outcomes.at_hand()) == []
-
-
 class Served:
     """An execution that is served, with an input that is fed and outcomes as they were delivered."""
 
