@@ -1,7 +1,8 @@
 """The embedded development broker: noida-db as a child process, for `tierstream broker`, `demo` and `bench`.
 
 Never for `run`: it is a young program with one node, no authentication and a limit of 1 MiB a record. It answers a
-fetch with all it has, whatever limits the client sets, so that a client's memory follows its backlog.
+fetch with all it has, whatever limits the client sets, so that a client's memory follows its backlog; and one of nothing
+at once (:mod:`consumer.kafka.fetch_pace`).
 
 1. A free port is chosen, unless one is given, and the child started on it, with its output in ``broker.log``.
 2. It counts as started when the port takes connections and the child still lives: a port taken by somebody else in

@@ -9,6 +9,7 @@ from aiokafka.errors import KafkaConnectionError
 
 from consumer.config import Config
 from consumer.kafka.connection import consumer_settings, producer_settings
+from consumer.kafka.fetch_pace import paced
 
 
 def make_consumer(config: Config) -> AIOKafkaConsumer:
@@ -16,7 +17,7 @@ def make_consumer(config: Config) -> AIOKafkaConsumer:
 
     Subscribing before ``start`` would make ``start`` wait for the first assignment without limit (hazard H17).
     """
-    return AIOKafkaConsumer(**consumer_settings(config))
+    return paced(AIOKafkaConsumer(**consumer_settings(config)))
 
 
 def make_producer(config: Config, batch_bytes: int) -> AIOKafkaProducer:
