@@ -7,6 +7,7 @@
    and to catch up after an outage. At least what an even stream needs in 99 of 100 moments, ``L + 2.326 x sqrt(L)``.
 3. **Permits.** One process has to carry ``ceil(partitions / processes)`` partitions. ``equal-share``: as many windows.
    ``share-of-available``: the smallest limit with which the last partition's share is a window; the first get more.
+   At least one for each partition that a process has when another has gone: without, one of them would stand still.
 4. **Memory.** Records and responses of a process are bounded by ``limits.in_flight_bytes``; half of it is for records
    read ahead, the other half has to hold what is in flight. What a process needs without any was measured.
 """
@@ -41,6 +42,12 @@ CPU_SECONDS: Final = 20e-6
 PERMITS_MAX: Final = 1_000_000
 """More than this is no configuration but a mistake in a unit."""
 
+IN_FLIGHT_BYTES_MAX: Final = 1024**4
+"""As :data:`PERMITS_MAX`, of memory."""
+
+PERCENTILES_RATIO_MAX: Final = 1_000_000
+"""As :data:`PERMITS_MAX`, of the 99th percentile in medians."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -73,6 +80,8 @@ class Load:
                 raise ValueError(f"{name} is above 0, not {value:g}")
         if self.p99 is not None and self.p99 < self.p50:
             raise ValueError("p99 is not below p50")
+        if self.p99 is not None and self.p99 > self.p50 * PERCENTILES_RATIO_MAX:
+            raise ValueError(f"p99 is at most {PERCENTILES_RATIO_MAX:,} times p50")
         if not 1 <= self.headroom < math.inf:
             raise ValueError(f"headroom is at least 1, not {self.headroom:g}")
         if self.payload_bytes < 0:
@@ -101,8 +110,10 @@ class Plan:
     """What the partitions of the fullest process really get, the largest first."""
     rate_max: float
     """Operations a second that all windows together can carry, where each partition has the smallest."""
+    partitions_after_loss: int
+    """Most partitions of one process with one process fewer; 0 where there is no other."""
     windows_after_loss: tuple[int, ...]
-    """The same with one process fewer; empty where there is no other."""
+    """What they get then, the largest first."""
     rate_max_after_loss: float
     in_flight_bytes: int
     """``limits.in_flight_bytes``."""
@@ -150,7 +161,7 @@ def smallest_limit(window: int, partitions: int, policy: WindowPolicy, fraction:
         return min(planned.windows.values()) >= window
 
     if low > PERMITS_MAX or not suffices(high):
-        raise ValueError(f"that needs more than {PERMITS_MAX:,} permits in a process; more processes, or equal-share")
+        raise ValueError(_too_many_permits("more processes, or equal-share"))
     while low < high:
         middle = (low + high) // 2
         if suffices(middle):
@@ -169,15 +180,20 @@ def plan(load: Load) -> Plan:
     mean = mean_latency(load.p50, load.p99)
     in_flight = load.rate * mean
     each = in_flight / load.partitions
+    if each * load.headroom > PERMITS_MAX:  # also where it is infinite
+        raise ValueError(_too_many_permits("more partitions"))
     window = window_for(each, load.headroom)
     members = min(load.processes, load.partitions)
     partitions_each = -(-load.partitions // members)
-    limit = smallest_limit(window, partitions_each, load.policy, load.fraction)
+    partitions_after_loss = -(-load.partitions // (members - 1)) if members > 1 else 0
+    limit = max(smallest_limit(window, partitions_each, load.policy, load.fraction), partitions_after_loss)
+    if limit > PERMITS_MAX:
+        raise ValueError(_too_many_permits("more processes"))
     windows = windows_of(limit, partitions_each, load.policy, load.fraction)
-    after: tuple[int, ...] = ()
-    if members > 1:
-        after = windows_of(limit, -(-load.partitions // (members - 1)), load.policy, load.fraction)
+    after = windows_of(limit, partitions_after_loss, load.policy, load.fraction)
     working = 2 * limit * (load.payload_bytes + RECORD_OVERHEAD_BYTES)
+    if working > IN_FLIGHT_BYTES_MAX:
+        raise ValueError("that needs more than 1 TiB of memory in a process; smaller payloads, or more processes")
     budget = max(IN_FLIGHT_BYTES_DEFAULT, _rounded_up(working, 64 * 1024 * 1024))
     return Plan(
         mean_seconds=mean,
@@ -189,12 +205,17 @@ def plan(load: Load) -> Plan:
         limit=limit,
         windows=windows,
         rate_max=windows[-1] * load.partitions / mean,
+        partitions_after_loss=partitions_after_loss,
         windows_after_loss=after,
         rate_max_after_loss=after[-1] * load.partitions / mean if after else 0.0,
         in_flight_bytes=budget,
         process_bytes=BASE_BYTES + math.ceil(budget * ALLOCATION_SHARE),
         cores=load.rate * CPU_SECONDS,
     )
+
+
+def _too_many_permits(instead: str) -> str:
+    return f"that needs more than {PERMITS_MAX:,} permits in a process; {instead}"
 
 
 def _rounded_up(size: int, unit: int) -> int:

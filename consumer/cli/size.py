@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from decimal import Decimal
 from enum import StrEnum
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -99,7 +101,7 @@ def settings(load: Load, planned: Plan) -> Iterator[str]:
     yield "window:"
     yield f"  policy: {load.policy}"
     if load.policy == Policy.SHARE_OF_AVAILABLE.value:
-        yield f"  fraction: {float(load.fraction):g}"
+        yield f"  fraction: {_decimal(load.fraction)}"
     if planned.in_flight_bytes != IN_FLIGHT_BYTES_DEFAULT:
         yield "limits:"
         yield f"  in_flight_bytes: {format_size(planned.in_flight_bytes)}"
@@ -122,11 +124,14 @@ def arithmetic(load: Load, planned: Plan) -> Iterator[str]:
     each = planned.partitions_each
     yield f"permits      {load.partitions} partitions / {planned.members} processes: up to {each} a process"
     if load.policy == Policy.EQUAL_SHARE.value:
-        yield f"             {each} x {window:,} = {planned.limit:,}, divided equally"
+        yield f"             {each} x {window:,} = {each * window:,}, divided equally"
     else:
-        first = planned.windows[0]
-        yield f"             {planned.limit:,}, so that the last one has {window:,}; the first has {first:,}"
-        yield f"             (each has {float(load.fraction):g} of what the ones before it left)"
+        first, last = planned.windows[0], planned.windows[-1]
+        yield f"             {planned.limit:,}, so that the last one has {last:,}; the first has {first:,}"
+        yield f"             (each has {_decimal(load.fraction)} of what the ones before it left)"
+    if planned.limit == planned.partitions_after_loss:
+        yield f"             at least {planned.limit:,}: one for each partition that a process has"
+        yield "             when another has gone"
     least, rate_max = planned.windows[-1], planned.rate_max
     yield f"carries      {least:,} / {mean} x {load.partitions} = {rate_max:,.0f} operations a second"
     if planned.windows_after_loss:
@@ -156,6 +161,11 @@ def _fields(load: Load, planned: Plan) -> dict[str, Any]:
     config["limits"] = {"in_flight_bytes": planned.in_flight_bytes}
     found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(planned).items()}
     return {"load": given, "plan": found, "config": config}
+
+
+def _decimal(fraction: Fraction) -> str:
+    """Return a fraction as the decimal it was read from: one digit less would be another window."""
+    return str(Decimal(fraction.numerator) / Decimal(fraction.denominator))
 
 
 def _milliseconds(seconds: float) -> str:

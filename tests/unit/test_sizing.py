@@ -13,6 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cli_runner import Tierstream
+from consumer import assignment, sizing
+from consumer.config import Config
 from consumer.config import load as load_config
 from consumer.permits import plan_windows
 from consumer.sizing import BASE_BYTES, Load, mean_latency, plan, smallest_limit, window_for
@@ -49,6 +51,7 @@ class TestPlan:
         assert planned.rate_max >= load.rate * load.headroom * (1 - 1e-6)
         assert min(planned.windows) >= planned.window
         assert sum(planned.windows) <= planned.limit
+        assert min(planned.windows_after_loss, default=1) >= 1, "one that has lost its window stands still"
         assert planned.in_flight == pytest.approx(load.rate * planned.mean_seconds)
         assert planned.members * planned.partitions_each >= load.partitions
         assert len(planned.windows) == planned.partitions_each
@@ -105,6 +108,11 @@ class TestPlan:
         assert planned.process_bytes >= BASE_BYTES + planned.in_flight_bytes
         assert planned.in_flight_bytes >= 2 * planned.limit * load.payload_bytes
 
+    def test_what_it_counts_with_is_what_the_service_has(self) -> None:
+        """Said again here, so that a calculation loads nothing of the service."""
+        assert assignment.RECORD_OVERHEAD_BYTES == sizing.RECORD_OVERHEAD_BYTES
+        assert Config().limits.in_flight_bytes == sizing.IN_FLIGHT_BYTES_DEFAULT
+
     def test_the_mean_lies_between_the_percentiles_and_is_that_of_a_log_normal_distribution(self) -> None:
         """Against a million values drawn from one."""
         import random
@@ -115,6 +123,29 @@ class TestPlan:
 
         assert mean_latency(0.020, 0.120) == pytest.approx(sum(values) / len(values), rel=0.02)
         assert mean_latency(0.020, None) == 0.020
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"rate": 1e308}, "1,000,000 permits in a process; more partitions"),
+            ({"headroom": 1e308, "rate": 1e3}, "1,000,000 permits in a process; more partitions"),
+            ({"partitions": 1_500_000, "processes": 2}, "1,000,000 permits in a process; more processes"),
+            ({"payload_bytes": 2**40}, "1 TiB of memory"),
+        ],
+    )
+    def test_what_nobody_can_have_meant_is_refused(self, changes: dict[str, Any], said: str) -> None:
+        usual: dict[str, Any] = {
+            "rate": 1, "p50": 100.0, "p99": None, "partitions": 1, "processes": 1, "payload_bytes": 1
+        }  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            plan(Load(**(usual | changes)))
+
+    def test_no_partition_is_without_a_permit_when_a_process_has_gone(self) -> None:
+        """A load so small that one permit is enough for a partition: the other process then has two of them."""
+        planned = plan(Load(5, 0.020, None, 10, 10, 4096))
+
+        assert (planned.window, planned.partitions_each, planned.limit) == (1, 1, 2)
+        assert planned.windows_after_loss == (1, 1)
 
     def test_a_known_example(self) -> None:
         """10,000 a second at 20 ms, 12 partitions: 200 at a time (docs/sizing)."""
@@ -129,6 +160,7 @@ class TestPlan:
         [
             ({"rate": 0}, "rate is above 0"),
             ({"p99": 0.001}, "p99 is not below p50"),
+            ({"p99": 20_001.0}, "p99 is at most 1,000,000 times p50"),
             ({"partitions": 0}, "partitions is above 0"),
             ({"processes": -1}, "processes is above 0"),
             ({"headroom": 0.5}, "headroom is at least 1"),
@@ -179,6 +211,20 @@ class TestCommand:
         assert "one gone     windows of 30: 13,379 a second, enough" in said.err
         assert max(map(len, said.err.splitlines())) <= 80
 
+    def test_a_permit_more_than_the_windows_need_is_explained(self, tierstream: Tierstream) -> None:
+        said = tierstream("size", "--rate", "5", "--p50", "20ms", "--partitions", "10", "--processes", "10")
+
+        assert "1 x 1 = 1, divided equally\n             at least 2: one for each partition" in said.err
+        assert "limit: 2" in said.out
+        assert "one gone     windows of 1: 500 a second, enough" in said.err
+
+    @pytest.mark.parametrize("fraction", ["0.1", "0.123456789"])
+    def test_the_fraction_is_the_one_that_was_given(self, tierstream: Tierstream, fraction: str) -> None:
+        said = tierstream(*self.LOAD, "--policy", "share-of-available", "--fraction", fraction)
+        (tierstream.folder / "sized.yaml").write_text(said.out, encoding="utf-8")
+
+        assert load_config(tierstream.folder / "sized.yaml").window.fraction == Fraction(fraction)
+
     def test_what_is_not_enough_is_said(self, tierstream: Tierstream) -> None:
         said = tierstream(
             "size", "--rate", "90000", "--p50", "2ms", "--partitions", "3", "--processes", "5", "--headroom", "1"
@@ -197,6 +243,8 @@ class TestCommand:
             (["--p99", "1ms"], "error: p99 is not below p50"),
             (["--fraction", "2"], "error: --fraction a window fraction is above 0"),
             (["--rate", "9e9", "--p99", "1m"], "error: that needs more than 1,000,000 permits"),
+            (["--rate", "1e308", "--p50", "60s", "--p99", "2m"], "error: that needs more than 1,000,000 permits"),
+            (["--p99", "9" * 300 + "d"], "error: p99 is at most 1,000,000 times p50"),
         ],
     )
     def test_a_wrong_number_is_usage(self, tierstream: Tierstream, arguments: list[str], said: str) -> None:
