@@ -67,7 +67,7 @@ def main() -> None:
         _explain(error)
         sys.exit(EXIT_USAGE)
     except ConfigError as error:
-        complain(str(error), "`tierstream config schema` and the README list every setting")
+        complain(str(error), "`tierstream config schema` and docs/configuration.md list every setting")
         sys.exit(EXIT_USAGE)
     except Failure as failure:
         complain(str(failure), failure.hint)
