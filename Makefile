@@ -22,10 +22,12 @@ NEW_ENVIRONMENT := yes
 endif
 endif
 
-# `make demo DEMO_ARGS=` keeps the status page up after the report; `make test TEST_ARGS=tests/unit` runs a part.
+# `make demo DEMO_ARGS=` keeps the status page up after the report; `make test TEST_ARGS=tests/unit` runs a part, and
+# `make test LANES=2` everything in two processes side by side.
 DEMO_ARGS ?= --no-wait
 BENCH_ARGS ?=
 TEST_ARGS ?=
+LANES ?= 1
 UV ?= uv
 
 .PHONY: help demo test lint bench bench-peers bench-storage soak sbom docs picture clean lock
@@ -37,9 +39,9 @@ demo: $(VENV)/.demo-ready ## stream real files through the whole service on an e
 	@echo "==> running the demo: embedded broker, sqlite and filesystem tiers in a temporary folder"
 	$(PY) -m consumer demo $(DEMO_ARGS)
 
-test: $(VENV)/.dev-ready ## run the whole test suite, on every Kafka broker this machine can start
+test: $(VENV)/.dev-ready ## run the whole test suite, on every Kafka broker this machine can start; LANES=2 is quicker
 	@echo "==> running the tests"
-	$(PY) -m pytest $(TEST_ARGS)
+	$(PY) $(if $(filter-out 1,$(LANES)),tests/side_by_side.py $(LANES),-m pytest) $(TEST_ARGS)
 
 lint: $(VENV)/.dev-ready ## ruff, mypy --strict and the import contracts
 	@echo "==> ruff"
