@@ -38,11 +38,13 @@ import orjson
 import yaml
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError
 from fastavro import parse_schema, schemaless_reader, schemaless_writer
 
 from consumer.avro_schemas import schema_text
 from consumer.broker import DevBroker
 from consumer.codec import OperationDecoder, ResponseEncoder, encode_operation
+from consumer.errors import TierstreamError
 from consumer.executor import Outcome
 from consumer.ids import ObjectContext
 from consumer.lifeline import dies_with
@@ -122,6 +124,19 @@ class Report:
         return _median(self.bare, "cpu_microseconds") / _median(self.service, "cpu_microseconds")
 
 
+class BenchFailure(TierstreamError):
+    """There is nothing to report.
+
+    Args:
+        message: What happened.
+        hint: What can be done about it.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
 def _median(runs: list[Run], name: str) -> float:
     return float(statistics.median(getattr(run, name) for run in runs))
 
@@ -150,9 +165,22 @@ def main(
         latency_ms: Milliseconds that each operation waits.
         profile: Also tell what a record costs in each stage of the running service.
         as_json: Print JSON instead of a table.
+
+    Raises:
+        BrokerFailure: the embedded broker did not start.
+        BenchFailure: the broker cannot be used, or a process ended or took too long.
     """
     report = Report(records, partitions, payload_bytes, latency_ms)
-    asyncio.run(_measure(report, bootstrap, rounds, exactly_once=exactly_once, profile=profile))
+    try:
+        asyncio.run(_measure(report, bootstrap, rounds, exactly_once=exactly_once, profile=profile))
+    except KafkaError as error:
+        where = "the embedded broker" if bootstrap is None else bootstrap
+        raise BenchFailure(
+            f"{where} cannot be used: {type(error).__name__}",
+            "it has to run, to be reached without TLS or password, and to let topics be created",
+        ) from error
+    except TimeoutError as error:
+        raise BenchFailure(f"a process took more than {RUN_SECONDS_MAX:g} s", "fewer --records") from error
     if as_json:
         figures = {**asdict(report), "ratio": report.ratio, "cpu_ratio": report.cpu_ratio}
         if report.profile is not None:
@@ -319,7 +347,7 @@ async def _timed(
     One that samples itself is told when the time begins and ends, and writes what it counted to *sampled*.
 
     Raises:
-        RuntimeError: the process ended before that, or takes too long.
+        BenchFailure: the process ended before that, or takes too long.
     """
     watcher = AIOKafkaConsumer(bootstrap_servers=bootstrap)
     await watcher.start()
@@ -334,7 +362,7 @@ async def _timed(
             async with asyncio.timeout(RUN_SECONDS_MAX):
                 while True:
                     if process.returncode is not None:
-                        raise RuntimeError(f"ended with {process.returncode}: {_tail(log)}")
+                        raise BenchFailure(f"a process ended with {process.returncode}: {_tail(log)}")
                     answered = sum((await watcher.end_offsets(ends)).values())
                     if not began and answered >= records * WARM_SHARE:
                         began, first, cpu_before = time.perf_counter(), answered, _cpu_seconds(process.pid)

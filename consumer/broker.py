@@ -1,8 +1,8 @@
 """The embedded development broker: noida-db as a child process, for `tierstream broker`, `demo` and `bench`.
 
 Never for `run`: it is a young program with one node, no authentication and a limit of 1 MiB a record. It answers a
-fetch with all it has, whatever limits the client sets, so that a client's memory follows its backlog; and one of nothing
-at once (:mod:`consumer.kafka.fetch_pace`).
+fetch with all it has, whatever limits the client sets, so that a client's memory follows its backlog; and at once, also
+with nothing (:mod:`consumer.kafka.fetch_pace`).
 
 1. A free port is chosen, unless one is given, and the child started on it, with its output in ``broker.log``.
 2. It counts as started when the port takes connections and the child still lives: a port taken by somebody else in
@@ -115,11 +115,17 @@ class DevBroker:
         """Start it and wait until it takes connections.
 
         Raises:
-            BrokerFailure: not installed; the port is taken; it ended or did not answer within :data:`START_SECONDS`.
+            BrokerFailure: not installed; the folder cannot be used; the port is taken; it ended, or did not answer
+                within :data:`START_SECONDS`.
         """
         assert self._process is None, "started already"
         command = [str(program()), "start", "--only", "kafka"]
-        self._data_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._data_dir.mkdir(parents=True, exist_ok=True)
+            self.log.touch()
+        except OSError as error:
+            reason = error.strerror or "cannot be used"
+            raise BrokerFailure(f"{self._data_dir}: {reason}", "choose another folder with --data-dir") from error
         self._port = self._free_port()
         command += ["--kafka-port", str(self._port), "--data-dir", str(self._data_dir / "data")]
         with self.log.open("ab") as sink:

@@ -21,7 +21,7 @@ import typer
 from consumer.cli.options import AsJson, Bootstrap, ConfigFile, Url, configuration
 from consumer.cli.output import Failure, end_on_sigterm, note, say, say_json
 from consumer.cli.schemas import opened_registry
-from consumer.cli.service import admin_address, fetch
+from consumer.cli.service import admin_address, cause_of, fetch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -246,7 +246,7 @@ def _state(address: str) -> dict[str, Any]:
     try:
         status, body = fetch(f"{address}/debug/state", STATE_SECONDS, STATE_BYTES_MAX)
     except OSError as error:
-        raise NoState(f"no answer from {address}: {error}") from None
+        raise NoState(f"no answer from {address}: {cause_of(error)}") from None
     try:
         state = json.loads(body)
         if status == 200 and isinstance(state, dict) and isinstance(state["partitions"], list):

@@ -74,7 +74,7 @@ def health(url: Url = None, config: ConfigFile = None, as_json: AsJson = False) 
     try:
         status, body = fetch(address)
     except OSError as error:
-        answer: dict[str, Any] = {"ready": False, "reasons": [f"no answer from {address}: {error}"]}
+        answer: dict[str, Any] = {"ready": False, "reasons": [f"no answer from {address}: {cause_of(error)}"]}
     else:
         answer = _readiness(status, body)
     if as_json:
@@ -133,6 +133,12 @@ def fetch(
             return error.code, error.read(bytes_max)
     except ValueError as error:  # no address at all, or no HTTP
         raise OSError(str(error)) from error
+
+
+def cause_of(error: OSError) -> str:
+    """Return why there was no answer, in words: urllib wraps it, and the system numbers it."""
+    cause = getattr(error, "reason", error)
+    return getattr(cause, "strerror", None) or str(cause)
 
 
 # ------------------------------------------------------------------------------------------------- configuration

@@ -82,6 +82,18 @@ def test_a_taken_port_is_said_to_be_taken(tmp_path: Path) -> None:
     assert "--port" in caught.value.hint
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_one_is_said(tmp_path: Path, place: str) -> None:
+    """With what can be done about it."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(BrokerFailure, match=r"file.*: (File exists|Not a directory)") as caught:
+        DevBroker(tmp_path / place).start()
+
+    assert caught.value.hint
+    assert "--data-dir" in caught.value.hint
+
+
 def test_a_missing_package_is_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an extra: `pip install 'tierstream[demo]'`."""
     monkeypatch.setitem(sys.modules, "noida_db", None)

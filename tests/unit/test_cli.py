@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from brokers import unused_port
+from cli_runner import Tierstream
 from consumer import app as service
-from consumer import cli
 from consumer.config import Config
 from service_process import clean_environment, command_line
 from strict_gcs import StrictGcs
@@ -26,52 +26,11 @@ from strict_gcs import StrictGcs
 CANARY = "hunter2-CANARY"
 
 
-class Result:
-    """What one run of the command did."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code = code
-        self.out = out
-        self.err = err
-
-    @property
-    def json(self) -> Any:
-        """Its stdout as JSON."""
-        return json.loads(self.out)
-
-
-class Tierstream:
-    """Runs the command in this process, in an empty folder, with an environment of its own."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], folder: Path) -> None:
-        self._monkeypatch = monkeypatch
-        self._capfd = capfd
-        self.folder = folder
-
-    def __call__(self, *arguments: str, config: Mapping[str, Any] | None = None) -> Result:
-        """Run ``tierstream ARGUMENTS``, with a configuration file if there is one to write."""
-        if config is not None:
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-            arguments = (*arguments, "--config", "config.yaml")
-        self._monkeypatch.setattr(sys, "argv", ["tierstream", *arguments])
-        self._capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = self._capfd.readouterr()
-        code = ended.value.code
-        assert code is None or isinstance(code, int)
-        return Result(code or 0, out, err)
-
-
 @pytest.fixture
 def tierstream(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Tierstream:
     """The command."""
-    for name in [name for name in os.environ if name.startswith("TIERSTREAM_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.chdir(tmp_path)
     return Tierstream(monkeypatch, capfd, tmp_path)
 
 
@@ -356,7 +315,7 @@ class TestHealth:
         said = tierstream("health", config=nobody())
 
         assert said.code == 1
-        assert said.out.startswith("not ready: no answer from http://127.0.0.1:")
+        assert re.fullmatch(r"not ready: no answer from http://127\.0\.0\.1:\d+/readyz: Connection refused\n", said.out)
 
     @pytest.mark.parametrize("arguments", [["--url", "localhost:1"], ["--config", "zero.yaml"]])
     def test_an_address_that_cannot_be_known_is_wrong_usage(
@@ -466,3 +425,18 @@ def test_a_reader_that_goes_away_is_no_crash(tmp_path: Path) -> None:
 
     assert process.returncode == 1
     assert said == ""
+
+
+class TestBench:
+    """Where there is nothing to measure on."""
+
+    def test_a_broker_that_cannot_be_used_is_named_with_what_it_takes(self, tierstream: Tierstream) -> None:
+        """No trace, whatever the client calls it."""
+        broker = f"127.0.0.1:{unused_port()}"
+
+        said = tierstream("bench", "--bootstrap", broker, "--records", "5")
+
+        assert (said.code, said.out) == (1, "")
+        assert f"error: {broker} cannot be used: " in said.err
+        assert "hint: it has to run, to be reached without TLS" in said.err
+        assert "Traceback" not in said.err
