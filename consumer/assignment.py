@@ -35,20 +35,29 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Literal, Protocol, TypeAlias
 from uuid import UUID, uuid5
+from weakref import ref
 
 from consumer.budget import ByteBudget
 from consumer.codec import Decoded, OperationDecoder, ResponseEncoder
 from consumer.errors import DEAD_LETTER_CODES, AtCapacity, DecodeError, OperationPanic, TierstreamError, TooLarge
 from consumer.executor import Item, OldestOperation, StreamExecutor
 from consumer.log import bind_task, get_logger, key_digest
-from consumer.metrics import UNKNOWN_KIND, Counts, Exemplar, OldestState, PartitionState, record_labels
+from consumer.metrics import (
+    UNKNOWN_KIND,
+    Counts,
+    Exemplar,
+    OldestState,
+    PartitionState,
+    record_at_work,
+    record_labels,
+)
 from consumer.offset_map import encode
 from consumer.offsets import DISTANCE_MAX, OffsetTracker, Run
 from consumer.operations import Insert, OpResponse, Position
@@ -412,6 +421,8 @@ class Assignment:
     async def _run(self) -> None:
         """One execution after another, each under its own reservation; usually a single one."""
         bind_task(topic=self.topic, partition=self.partition, epoch=self.epoch)
+        # Weak, as what comes from this task may outlive the assignment: clean-up, the connections of a client.
+        record_at_work.set(partial(_labels_at_work, ref(self)))
         patience = RESERVE_BACKOFF_SECONDS
         while not self._ending and self.poison_limit is None:
             executor = self._executor or await self._reserve(patience)
@@ -692,8 +703,7 @@ class Assignment:
                 if entry.reserved:
                     budget.release_read(entry.reserved)
         if example.timestamp >= 0:
-            labels = record_labels(self.topic, self.partition, example.offset, example.headers)
-            latency.exemplify(Exemplar(labels, max(0.0, now - example.timestamp / 1000), now))
+            latency.exemplify(Exemplar(self.labels_of(example), max(0.0, now - example.timestamp / 1000), now))
         self._finish(finished, released)
 
     def dead_letter_acknowledged(self, tokens: Sequence[int]) -> None:
@@ -901,6 +911,17 @@ class Assignment:
         """True where fetched records wait, or are worked on, or their answers are not acknowledged."""
         return bool(self._buffer or self._chunk or self._entries)
 
+    def labels_of(self, record: Record) -> Mapping[str, str]:
+        """Name a record of this partition in an exemplar."""
+        return record_labels(self.topic, self.partition, record.offset, record.headers)
+
+    def labels_at_work(self, offset: int | None) -> Mapping[str, str] | None:
+        """Name the record at *offset*, or the one whose operation the current task runs; None where there is none."""
+        if offset is None and self._executor is not None:
+            offset = self._executor.index_in(asyncio.current_task())
+        entry = None if offset is None else self._entries.get(offset)
+        return None if entry is None else self.labels_of(entry.record)
+
     def seen(self, shared_reasons: Iterable[str], of_older_run: OldestOperation | None) -> PartitionSeen:
         """Describe this partition for the watchdog; *of_older_run* is the oldest operation of an earlier epoch."""
         executor = self._executor
@@ -992,6 +1013,12 @@ class _DeadLetterLane:
             headers = [*headers, _TRUNCATED]
         self._sent[token] = (key, None, headers)
         self._lane.append(key, None, headers, self, token)
+
+
+def _labels_at_work(assignment: ref[Assignment], offset: int | None) -> Mapping[str, str] | None:
+    """As :meth:`Assignment.labels_at_work`, while there is the assignment."""
+    found = assignment()
+    return None if found is None else found.labels_at_work(offset)
 
 
 def _report(task: asyncio.Task[None], failed: Callable[[BaseException], None], note: Note | None) -> None:

@@ -285,6 +285,10 @@ class StreamExecutor:
             last_error=running.last_error,
         )
 
+    def index_in(self, task: asyncio.Task[Any] | None) -> int | None:
+        """Return the index of the operation that *task* runs, None where it runs none that has suspended."""
+        return next((running.index for running in self._running if getattr(running, "task", None) is task), None)
+
     def shrink_to_running(self) -> None:
         """Give back the permits beyond those of the operations that still run; for a drain deadline, after ``aclose``.
 
@@ -610,7 +614,8 @@ class StreamExecutor:
             if counts is not None:
                 counting = counts[operation.kind]
                 distribution = counting.error if isinstance(outcome, Exception) else counting.success
-                distribution.observe(clock() - began)
+                ended = clock()
+                distribution.observe_of_record(ended - began, ended, index)
             if self._stopped:
                 continue
             if deliver is None:

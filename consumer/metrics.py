@@ -7,7 +7,9 @@
    from: the snapshot no longer has the partition, and the scrape no longer has the series.
 3. :class:`TierstreamCollector` puts both into the families of the :data:`CATALOGUE`, on a registry that is passed in.
 
-A histogram may name a record for each bucket, its *exemplar*: OpenMetrics has them, plain text has not.
+A histogram may name a record for each bucket, its *exemplar*: OpenMetrics has them, plain text has not. Whoever
+observes what a record's operation has taken need not know the record: it is asked for, at most once in
+:data:`EXAMPLE_SECONDS` for each bucket, by way of :data:`record_at_work`.
 
 Unknown numbers (None) give no sample, as zero would be a lie. Labels are bounded: topics and partitions that are
 assigned, codes, reasons and kinds of this program; never an object key. All of this belongs to the event loop's
@@ -21,9 +23,11 @@ from __future__ import annotations
 import asyncio
 import platform
 import re
+import time
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError
@@ -233,15 +237,31 @@ class Exemplar(NamedTuple):
     """Seconds since the epoch."""
 
 
+EXAMPLE_SECONDS: Final = 1.0
+"""How long a bucket keeps its exemplar while values come: as often as anybody looks, far less often than they come."""
+
+record_at_work: ContextVar[Callable[[int | None], Mapping[str, str] | None] | None] = ContextVar(
+    "record_at_work", default=None
+)
+"""Returns the labels of the record at an index, with None of the one that the current task works on; None where there
+is none. Set by whoever has the records, for its task and all that come from it."""
+
+
 def record_labels(
-    topic: str, partition: int, offset: int, headers: Iterable[tuple[str, bytes | None]]
+    topic: str,
+    partition: int,
+    offset: int,
+    headers: Iterable[tuple[str, bytes | None]],
+    trace_id: str | None = None,
 ) -> dict[str, str]:
-    """Name a record in an exemplar, and its trace where its producer says which (``traceparent``).
+    """Name a record in an exemplar, and its trace: *trace_id*, else what its producer says (``traceparent``).
 
     Where that is too long it is the topic that is cut: ``tierstream inspect`` needs the other two.
     """
     labels = {"offset": str(offset), "partition": str(partition)}
-    for name, value in headers:
+    if trace_id is not None:
+        labels["trace_id"] = trace_id
+    for name, value in () if trace_id is not None else headers:
         if name == "traceparent" and value is not None and (found := _TRACE_PARENT.fullmatch(value)) is not None:
             labels["trace_id"] = found[1].decode()
     room = EXEMPLAR_CHARACTERS_MAX - len("topic") - sum(len(name) + len(value) for name, value in labels.items())
@@ -259,7 +279,7 @@ class Distribution:
         bounds: Upper bounds of the buckets, inclusive, ascending; one more bucket is above them all.
     """
 
-    __slots__ = ("bounds", "buckets", "exemplars", "sum")
+    __slots__ = ("_due", "bounds", "buckets", "exemplars", "sum")
 
     def __init__(self, bounds: tuple[float, ...] = OPERATION_BOUNDS) -> None:
         self.bounds = bounds
@@ -268,6 +288,8 @@ class Distribution:
         self.sum = 0.0
         self.exemplars: dict[int, Exemplar] = {}
         """By bucket, the newest."""
+        self._due = [0.0] * (len(bounds) + 1)
+        """By bucket, from when on another exemplar is asked for; monotonic seconds."""
 
     def observe(self, value: float) -> None:
         """Count *value*. Clocks of other machines may make it negative: that counts as 0."""
@@ -275,6 +297,21 @@ class Distribution:
             value = 0.0
         self.buckets[bisect_left(self.bounds, value)] += 1
         self.sum += value
+
+    def observe_of_record(self, value: float, now: float, index: int | None = None) -> None:
+        """Count *value*, at *now* (monotonic seconds) of work on a record; now and then name that record.
+
+        It is the one at *index*, or the one that the current task works on, as :data:`record_at_work` tells.
+        """
+        bucket = bisect_left(self.bounds, value)
+        self.buckets[bucket] += 1
+        self.sum += value
+        if now >= self._due[bucket]:
+            self._due[bucket] = now + EXAMPLE_SECONDS
+            labels_of = record_at_work.get()
+            labels = None if labels_of is None else labels_of(index)
+            if labels is not None:
+                self.exemplars[bucket] = Exemplar(labels, value, time.time())
 
     def exemplify(self, exemplar: Exemplar) -> None:
         """Show *exemplar*, which has been observed, for its bucket; one for many values, as it costs more than they."""

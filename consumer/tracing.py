@@ -23,6 +23,7 @@ This module is not even imported without it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -32,16 +33,17 @@ from typing import Any, Final, TypeVar, cast
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.resources import PROCESS_PID, SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from consumer.assignment import Assignment, Lane, Outcome, Owner, Pipeline
+from consumer.assignment import Assignment, Lane, Outcome, Owner, Pipeline, Record
 from consumer.errors import TierstreamError
 from consumer.executor import Item
 from consumer.handler import Handler, with_key
+from consumer.metrics import record_labels
 from consumer.operations import Operation, OpResponse
 from consumer.responses import Header, response_partition
 
@@ -60,7 +62,8 @@ def exporting_provider() -> TracerProvider:
     resource = Resource.create()
     if str(resource.attributes.get(SERVICE_NAME, "unknown_service")).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "tierstream"}))
-    resource = resource.merge(Resource({SERVICE_VERSION: metadata.version("tierstream")}))
+    # Of several processes under one supervisor all else is the same, whatever the environment says.
+    resource = resource.merge(Resource({SERVICE_VERSION: metadata.version("tierstream"), PROCESS_PID: os.getpid()}))
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # the service stops it, with a deadline
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
@@ -200,6 +203,15 @@ class TracedAssignment(Assignment):
         if isinstance(outcome, Exception):
             self._records[offset].error = outcome
         super()._answer(offset, outcome)
+
+    def labels_of(self, record: Record) -> Mapping[str, str]:
+        """As :meth:`Assignment.labels_of`; its trace is ours where ours is kept."""
+        traced = self._records.get(record.offset)
+        context = None if traced is None else traced.processing.get_span_context()
+        if context is None or not context.trace_flags.sampled:
+            return super().labels_of(record)
+        trace_id = trace.format_trace_id(context.trace_id)
+        return record_labels(self.topic, self.partition, record.offset, (), trace_id)
 
     def send(self, offset: int, headers: Sequence[Header]) -> Sequence[Header]:
         """A response is handed in: processing is over, sending begins; return the headers it goes out with."""

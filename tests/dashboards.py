@@ -323,6 +323,7 @@ def _panel(panel: Panel, number: int) -> dict[str, Any]:
         "options": options,
         "targets": [
             {"refId": chr(ord("A") + place), "expr": expression, "legendFormat": legend}
+            | ({"exemplar": True} if "_bucket" in expression else {})
             for place, (expression, legend) in enumerate(panel.queries)
         ],
     }

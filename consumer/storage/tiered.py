@@ -469,7 +469,7 @@ class _Observed:
         if name in NOT_REQUESTS:
             return method
         counts = self._counts.requests(self._tier, name)
-        succeeded, failed = counts.success.observe, counts.error.observe
+        succeeded, failed = counts.success.observe_of_record, counts.error.observe_of_record
 
         @wraps(method)
         async def timed(*given: Any, **named: Any) -> Any:
@@ -477,9 +477,11 @@ class _Observed:
             try:
                 answer = await method(*given, **named)
             except BaseException:
-                failed(time.perf_counter() - started)
+                ended = time.perf_counter()
+                failed(ended - started, ended)
                 raise
-            succeeded(time.perf_counter() - started)
+            ended = time.perf_counter()
+            succeeded(ended - started, ended)
             return answer
 
         def repeated() -> None:

@@ -268,6 +268,8 @@ def test_grafana_is_provisioned_with_the_charts_dashboard_and_a_source_for_it() 
 
     assert mounted("grafana", provider["options"]["path"]).samefile(dashboard.parent)
     assert (source["type"], source["isDefault"]) == (variable["query"], True)
+    assert any("exemplar" in target for panel in described["panels"] for target in panel.get("targets", ()))
+    assert "--enable-feature=exemplar-storage" in COMPOSE.services["prometheus"].command
     assert source["url"] == "http://prometheus:9090"
     assert f"/d/{described['uid']}" in FILE.read_text(encoding="utf-8")
 

@@ -99,14 +99,18 @@ def test_an_exemplar_leads_to_a_record_that_was_answered(stage: Stage, service: 
     """Contract 9: OpenMetrics with exemplars, each within its limit and of a record of ours; none in plain text."""
     answered = {(entry.topic, str(entry.partition), str(entry.offset)) for entry in stage.ledger.entries.values()}
     exemplars = [
-        sample.exemplar
+        (family.name, sample.exemplar)
         for family in parse_openmetrics(openmetrics(service))  # type: ignore[no-untyped-call]  # the vendor's
         for sample in family.samples
         if sample.exemplar is not None
     ]
 
-    assert exemplars
-    for exemplar in exemplars:
+    assert {name for name, _ in exemplars} == {
+        "tierstream_response_latency_seconds",
+        "tierstream_operation_duration_seconds",
+        "tierstream_storage_request_duration_seconds",
+    }
+    for _, exemplar in exemplars:
         labels = exemplar.labels
         assert (labels["topic"], labels["partition"], labels["offset"]) in answered
         assert sum(len(name) + len(value) for name, value in labels.items()) <= 128

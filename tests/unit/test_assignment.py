@@ -20,11 +20,12 @@ from consumer.codec import OperationDecoder
 from consumer.errors import BackendError, BackendUnavailable
 from consumer.ids import ObjectId
 from consumer.log import Event
+from consumer.metrics import Counts, Distribution
 from consumer.offset_map import decode
 from consumer.operations import Metadata, Position, StoredObject
 from consumer.retry import RetryPolicy
 from consumer.storage.backend import Payload, Tombstone
-from consumer.storage.memory import MemoryBackend
+from consumer.storage.memory import MemoryBackend, MemoryChangeLog
 from consumer.storage.tiered import TieredStorage
 from consumer.suspects import NOBODY, OFFSET, TIMESTAMP, Note, Suspects
 from gates import GatedStorage, settled
@@ -72,6 +73,37 @@ def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 def codes(records: Iterable[Appended]) -> list[str | None]:
     """The failure codes of responses, None for each success."""
     return [record.code for record in records]
+
+
+async def test_how_long_operations_and_requests_took_is_shown_with_the_record(make: MakeWorkplace) -> None:
+    """Contract 9: exemplars. Records side by side, each request named after its own; clean-up is no record's."""
+    tiers, slow = Counts(), 0.01
+    high_volume, long_term = MemoryBackend(latency=slow), MemoryBackend(latency=slow)
+    storage = TieredStorage(high_volume, long_term, MemoryChangeLog(), 4, observer=tiers)
+    place = make(storage, retry=RetryPolicy())
+    place.responses.acknowledge_always()
+    assignment = place.assign(partition=3)
+
+    async def run(*records: Fetched) -> None:
+        assignment.receive(list(records))
+        await until(lambda: assignment.watermark == records[-1].offset + 1)
+
+    await run(fetched("insert", 0, "large", b"x" * 9), fetched("head", 1, "other"), fetched("insert", 2, "small", b"x"))
+    await run(fetched("insert", 3, "large", b"y" * 9))
+    await storage.join()
+
+    def offsets(distribution: Distribution) -> set[str]:
+        for one in distribution.exemplars.values():
+            assert (one.labels["topic"], one.labels["partition"]) == ("operations", "3")
+            assert one.value >= slow
+        return {one.labels["offset"] for one in distribution.exemplars.values()}
+
+    assert offsets(place.counts.operations["head"].success) == {"1"}
+    assert offsets(place.counts.operations["insert"].success) <= {"0", "2", "3"}
+    assert offsets(tiers.requests("high_volume", "put_non_tombstone").success) == {"2"}
+    assert offsets(tiers.requests("long_term", "put").success) <= {"0", "3"}
+    deletions = tiers.requests("long_term", "delete").success
+    assert (deletions.count, offsets(deletions)) == (1, set())
 
 
 class TestPositions:

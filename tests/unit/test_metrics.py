@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -261,6 +261,36 @@ def test_exemplars_are_shown_where_the_format_has_them(service: Service) -> None
     assert found == {"0.25": (labels, 0.21, 1.7e9), "+Inf": (labels, 100_000.0, 1.7e9)}
     assert "1842" not in text
     assert list(parse(text))
+
+
+def test_a_bucket_asks_for_a_record_once_in_a_while() -> None:
+    """Every value is counted, few are asked about; each bucket by itself, and who has no record asks in vain."""
+    distribution = Distribution((1.0, 2.0))
+    asked: list[int | None] = []
+
+    def labels_of(index: int | None) -> Mapping[str, str] | None:
+        asked.append(index)
+        return None if index is None else {"offset": str(index)}
+
+    observe = distribution.observe_of_record
+    observe(0.5, 100.0, 1)
+    assert distribution.exemplars == {}, "nobody has records here"
+    token = metrics.record_at_work.set(labels_of)
+    try:
+        observe(0.5, 100.9, 2)
+        observe(1.5, 100.9, 3)
+        observe(0.6, 101.0, 4)
+        observe(0.7, 101.9, 5)
+        observe(9.0, 101.9)
+    finally:
+        metrics.record_at_work.reset(token)
+
+    assert asked == [3, 4, None]
+    assert {bucket: (one.labels["offset"], one.value) for bucket, one in distribution.exemplars.items()} == {
+        0: ("4", 0.6),
+        1: ("3", 1.5),
+    }
+    assert (distribution.buckets, distribution.count) == ([4, 1, 1], 6)
 
 
 @pytest.mark.parametrize("topic", ["operations", "t" * 249])

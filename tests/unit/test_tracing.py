@@ -206,6 +206,8 @@ async def test_without_a_usable_context_a_trace_begins_here(
     assert [f"{identity(processing).trace_id:032x}".encode()] == [
         (value or b"").split(b"-")[1] for value in carried
     ]
+    (exemplar,) = place.counts.response_latency.exemplars.values()
+    assert exemplar.labels["trace_id"] == f"{identity(processing).trace_id:032x}", "the one that can be looked at"
 
 
 async def test_each_attempt_is_a_span_and_an_error_is_told_by_its_code(make: Make, spans: Spans) -> None:
@@ -316,6 +318,8 @@ async def test_what_is_not_sampled_is_passed_on_all_the_same(make: Make) -> None
     await until(lambda: assignment.watermark == 1)
 
     assert unsampled.ended == []
+    (exemplar,) = place.counts.response_latency.exemplars.values()
+    assert exemplar.labels["trace_id"] == f"{TRACE_ID:032x}", "who sent it may have kept it"
     carried = place.responses.appended[0].header("traceparent")
     assert carried is not None
     assert carried.startswith(f"00-{TRACE_ID:032x}-".encode())
