@@ -84,7 +84,7 @@ from consumer.storage.factory import (
 )
 from consumer.storage.tiered import TieredStorage
 from consumer.suspects import Suspects
-from consumer.telemetry import start_error_reports, start_tracing
+from consumer.telemetry import REPORTS_STOP_SECONDS, start_error_reports, start_tracing
 from consumer.watchdog import LOOK_SECONDS, Suspicion, Watchdog, WatchdogTripped, watchdog_limits
 
 if TYPE_CHECKING:
@@ -98,8 +98,6 @@ STORAGE_CLOSE_SECONDS = 1.5
 """With the final commit's 5 s these four stay below :data:`~consumer.exits.STOP_MARGIN_SECONDS`: 14.5 s."""
 TRACES_STOP_SECONDS = 3.0
 """For the last spans to be taken, while storage's clean-ups are joined; what is not taken by then is lost."""
-REPORTS_STOP_SECONDS = 2.0
-"""For the last error reports to be taken, after all else."""
 STEP_SECONDS = 2.0
 """For a step that waits for nobody, and on top of what a step gives itself: longer, and it hangs."""
 

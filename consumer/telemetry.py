@@ -26,6 +26,9 @@ PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PR
 PROTOCOL: Final = "http/protobuf"
 """The one there is an exporter for."""
 
+REPORTS_STOP_SECONDS: Final = 2.0
+"""For the last error reports to be taken, after all else."""
+
 log = get_logger(__name__)
 
 

@@ -121,6 +121,10 @@ class Decisions:
         """Whether a stop has begun."""
         return self._stop_code is not None
 
+    def gave_up(self) -> bool:
+        """Whether that is because a process ends again and again."""
+        return self._stop_code == FATAL
+
     def begin(self) -> list[Action]:
         """Start them all."""
         return [self._start(process) for process in self._all.values()]

@@ -16,6 +16,9 @@ the configuration are those of one process.
 answer by then is not ready, its partitions and gauges are missing, and nobody waits any longer for it. ``/healthz`` is
 the supervisor's own: hung processes are its business, not that of whoever restarts it.
 
+**Error reports**, where there is a place for them, say what a process cannot say of itself: that it hung, that a signal
+ended it that nobody here had sent, and that it was given up.
+
 **The stop** is bounded by ``rebalance.drain_timeout`` + 15 s for all processes together, as they drain side by side.
 
 It holds about 60 MB, most of it the admin port: no Kafka client and no storage is imported here.
@@ -45,6 +48,7 @@ from consumer.metrics import Collected, Counts, PlainFamily, families_of, new_re
 from consumer.processes.channel import METRICS, PULSE, READINESS, STATE, Asking, NoAnswer
 from consumer.processes.decisions import Action, AskToStop, Decisions, End, Kill, Start
 from consumer.processes.merge import Run, Tally, combined, merged_state
+from consumer.telemetry import REPORTS_STOP_SECONDS, start_error_reports
 
 ANSWER_SECONDS: Final = 2.0
 """How long the admin port waits for a process: longer than the stalls of a healthy event loop, below the 4 s of the
@@ -58,6 +62,10 @@ _OWN: Final[Run] = sys.maxsize, 0
 """The supervisor itself, behind the runs of its processes."""
 
 log = get_logger(__name__)
+
+
+class ProcessFailed(Exception):
+    """A process ended, hung or was given up; nothing of it is left that could say why."""
 
 
 def main(config: Config) -> int:
@@ -90,9 +98,12 @@ class _Child:
         self.asking = asking
         self.totals: Mapping[str, Any] = {}
         """As it last told; empty as long as it has told nothing."""
+        self.killed = False
+        """Whether it was killed from here."""
 
     def kill(self) -> None:
         """Kill it, if it has not ended yet."""
+        self.killed = True
         with suppress(ProcessLookupError):
             self.process.kill()
 
@@ -120,10 +131,13 @@ class Supervisor:
     async def run(self) -> int:
         """Start, wait, stop; return the exit code."""
         logging.getLogger().addHandler(self._last_errors)
+        reports = start_error_reports(os.environ)
         try:
             return await self._run()
         finally:
             logging.getLogger().removeHandler(self._last_errors)
+            if reports is not None:
+                await asyncio.to_thread(reports.stop, REPORTS_STOP_SECONDS)
 
     async def _run(self) -> int:
         config, loop = self._config, asyncio.get_running_loop()
@@ -171,7 +185,8 @@ class Supervisor:
                         child.asking.stop()
                 case Kill(number):
                     if (child := self._children.get(number)) is not None:
-                        log.error("killing a process", process=number, pid=child.process.pid)
+                        hangs = None if self._decisions.stopping() else ProcessFailed(f"process {number} hangs")
+                        log.error("killing a process", process=number, pid=child.process.pid, exc_info=hangs)
                         child.kill()
                 case End(code, at_once):
                     if at_once:
@@ -220,7 +235,7 @@ class Supervisor:
         del self._children[number]
         self._tally.ended(run)
         self._past_totals = combined([self._past_totals, child.totals])
-        self._process_ended(number, code)
+        self._process_ended(number, code, by_itself=not child.killed)
 
     async def _start(self, run: Run) -> _Child:
         ours, theirs = socket.socketpair()
@@ -245,15 +260,19 @@ class Supervisor:
             theirs.close()
         return _Child(run, process, asking)
 
-    def _process_ended(self, number: int, code: int) -> None:
-        now, before = time.monotonic(), self._decisions.stopping()
-        actions = self._decisions.ended(number, code, now)
+    def _process_ended(self, number: int, code: int, *, by_itself: bool = True) -> None:
+        decisions = self._decisions
+        now, before = time.monotonic(), decisions.stopping()
+        actions = decisions.ended(number, code, now)
         if before:
             log.info("process ended", process=number, exit_code=code)
         else:
-            log.error("process ended", process=number, exit_code=code, outcome=self._decisions.words(number, now))
-        if self._decisions.stopping() and not before:
-            log.critical("stopping all processes", cause=self._decisions.cause)
+            outcome = decisions.words(number, now)
+            crash = ProcessFailed(f"process {number} {outcome}") if code < 0 and by_itself else None
+            log.error("process ended", process=number, exit_code=code, outcome=outcome, exc_info=crash)
+        if decisions.stopping() and not before:
+            given_up = ProcessFailed(decisions.cause) if decisions.gave_up() else None
+            log.critical("stopping all processes", cause=decisions.cause, exc_info=given_up)
         self._do(actions)
 
     async def _feel_pulse(self, child: _Child) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import signal
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -79,13 +81,24 @@ class Receiver:
 
     def spans(self) -> list[Any]:
         """Every span received."""
-        found: list[Any] = []
+        return [span for spans in self.spans_by_process().values() for span in spans]
+
+    def spans_by_process(self) -> dict[int, list[Any]]:
+        """Every span received, by the process that made it."""
+        found: dict[int, list[Any]] = defaultdict(list)
         for path, body in list(self.bodies):
             if path == "/v1/traces":
                 request = ExportTraceServiceRequest()
                 request.ParseFromString(body)  # type: ignore[no-untyped-call]  # made by protoc
-                found += [span for part in request.resource_spans for scope in part.scope_spans for span in scope.spans]
+                for part in request.resource_spans:
+                    (pid,) = [one.value.int_value for one in part.resource.attributes if one.key == "process.pid"]
+                    found[pid] += [span for scope in part.scope_spans for span in scope.spans]
         return found
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Every error report received."""
+        bodies = list(self.bodies)
+        return [json.loads(body.splitlines()[2]) for path, body in bodies if path == "/api/1/envelope/"]
 
 
 @pytest.fixture
@@ -138,11 +151,60 @@ def test_a_record_is_traced_and_the_end_of_the_process_reported(
     assert attributes["messaging.consumer.group.name"].string_value == stage.group
     assert attributes["messaging.kafka.offset"].int_value == 0
     assert len([span for span in spans if span.name == f"process {topics[0]}"]) == 2
-    (report,) = [json.loads(body.splitlines()[2]) for path, body in receiver.bodies if path == "/api/1/envelope/"]
+    (report,) = receiver.reports()
     assert (report["level"], report["message"]) == ("fatal", "fatal: a restart is right")
     assert CANARY.encode() not in b"".join(body for path, body in receiver.bodies if path == "/v1/traces")
     assert f"{CANARY}/none" not in json.dumps(report)
     assert CANARY not in service.log.read_text(encoding="utf-8")
+
+
+def test_two_processes_in_transactions_are_traced_and_the_crash_of_one_is_reported(
+    apache: Broker, set_stage: SetStage, receiver: Receiver
+) -> None:
+    """Each record's spans hang together in the process that had it, whose end by a signal only the other can report."""
+    partitions = 4
+    stage = set_stage(apache, partitions=partitions, delivery="exactly-once", runtime={"processes": 2})
+    environment = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{receiver.address}",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+        "SENTRY_DSN": f"http://{CANARY}@{receiver.address}/1",
+    }
+    service = stage.start(partitions=partitions, environment=environment)
+    pids = {line["pid"] for line in service.log_lines() if line.get("event") == "process started"}
+    topics = stage.config["input"]["topics"][0], stage.config["output"]["topic"]
+    names = [f"process {topics[0]}", "insert", "high_volume put_non_tombstone", f"send {topics[1]}"]
+    entries = []
+    for partition in range(partitions):
+        headers = [("traceparent", f"00-{partition + 1:032x}-b7ad6b7169203331-01".encode())]
+        entries += stage.ledger.operate("insert", f"k{partition}", b"x", partition=partition, headers=headers)
+    stage.ledger.wait_answered()
+
+    def complete() -> bool:
+        return sorted(span.name for span in receiver.spans()) == sorted(names * partitions)
+
+    wait_until(complete, 30, "the spans of each record")
+    by_process = receiver.spans_by_process()
+    assert set(by_process) == pids
+    for entry in entries:
+        trace_id = f"{entry.partition + 1:032x}"
+        of_record = [[one for one in spans if one.trace_id.hex() == trace_id] for spans in by_process.values()]
+        (spans,) = filter(None, of_record)
+        process, insert, request, send = (next(one for one in spans if one.name == name) for name in names)
+        assert process.parent_span_id.hex() == "b7ad6b7169203331"
+        assert insert.parent_span_id == send.parent_span_id == process.span_id
+        assert request.parent_span_id == insert.span_id
+        assert stage.ledger.answer([entry]).header("traceparent") == f"00-{trace_id}-{send.span_id.hex()}-01"
+        assert not any(one.status.code for one in spans)
+
+    crashed = min(pids)
+    os.kill(crashed, signal.SIGSEGV)
+
+    wait_until(lambda: bool(receiver.reports()), 60, "the crash to be reported")
+    (report,) = receiver.reports()
+    (error,) = report["exception"]["values"]
+    assert (report["level"], report["message"]) == ("error", "process ended")
+    assert "ended by SIGSEGV" in error["value"]
+    service.stop()
 
 
 def test_a_collector_that_does_not_answer_holds_up_neither_records_nor_the_end(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from consumer.config import Admin, Config, Runtime
+from consumer.error_reports import report, unexpected
 from consumer.metrics import Collected, Counts, PlainFamily, PlainSample, families_of
 from consumer.processes import supervisor as subject
 from consumer.processes.channel import METRICS, PULSE, READINESS, STATE, NoAnswer
@@ -230,6 +231,28 @@ class TestEnds:
         await until(lambda: len(supervised.started) == 3)
 
         assert supervised.started[1].told[0] == "kill"
+
+    async def test_what_no_process_can_say_of_itself_is_reported(
+        self, supervised: Supervised, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A crash, a hang, and the end of all patience; not an exit, which the process has reported, nor the stop."""
+        monkeypatch.setattr("consumer.processes.decisions.ENDS_MAX", 3)
+        first, second = (process.run[0] for process in supervised.started)
+        supervised.started[0].end(-signal.SIGSEGV)
+        await until(lambda: len(supervised.started) == 3)
+        supervised.started[1].silent = True
+        await until(lambda: len(supervised.started) == 4)
+        supervised.latest(first).end(3)
+        await until(lambda: len(supervised.started) == 5)
+        supervised.latest(first).end(1)
+        await until(supervised._decisions.stopping)
+
+        reported = [(report(record, error), error) for record in caplog.records if (error := unexpected(record))]
+        assert [(told["message"], str(error).partition(", starts")[0]) for told, error in reported] == [
+            ("process ended", f"process {first} ended by SIGSEGV"),
+            ("killing a process", f"process {second} hangs"),
+            ("stopping all processes", f"process {first} ended with exit code 1, 3 times in a row"),
+        ]
 
     async def test_one_that_cannot_be_started_is_tried_again(self) -> None:
         supervised = Supervised(processes=1, unstartable=2)
