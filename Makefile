@@ -71,9 +71,9 @@ soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_OPERATIONS (100000
 sbom: $(VENV)/.dev-ready ## write dist/tierstream.cdx.json: every package of the image with version and hashes (CycloneDX)
 	@mkdir -p dist
 	PYTHONWARNINGS=ignore $(VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --mc-type application --output-reproducible \
-		--index-url https://pypi.org/simple --of JSON --output-file dist/tierstream.cdx.json requirements-cloud.lock
+		--of JSON --output-file dist/tierstream.cdx.json requirements-cloud.lock
 
-picture: $(VENV)/.dev-ready ## take the README's picture of the status page from a real run (needs chromium)
+picture: $(VENV)/.dev-ready ## take the pictures of status page and dashboard from a real run (needs chromium and prometheus)
 	PYTHONPATH=tests $(PY) tests/picture.py
 
 docs: $(VENV)/.dev-ready ## write the documents that are made from the code: reference pages, the chart's tables, the dashboard

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -18,6 +20,7 @@ from kubernetes_validate.utils import validate
 
 from consumer.config import load
 from consumer.exits import STOP_MARGIN_SECONDS
+from shown import check_tierstream
 
 CHART = Path(__file__).parents[2] / "helm" / "tierstream"
 CASES = sorted(CHART.glob("ci/*-values.yaml"))
@@ -130,6 +133,21 @@ def test_the_cases_together_render_every_template() -> None:
         "ServiceAccount",
         "ServiceMonitor",
     }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
+def test_what_containers_run_and_notes_say_are_commands_of_ours(case: Path) -> None:
+    """As the command line itself takes them: an option that is gone would be a pod that does not start."""
+    manifests = render(values_of(case))
+    (service,) = pod(manifests)["containers"]
+    testers = [one["spec"]["containers"][0]["args"] for one in manifests if one["kind"] == "Pod"]
+    made = chart().render(values=values_of(case), name="release", namespace="streams")
+    (notes,) = [text for path, text in made.items() if path.endswith("NOTES.txt")]
+    advised = re.findall(r" -- tierstream (.+)$", notes, re.MULTILINE)
+
+    assert len(advised) == 2
+    for words in (service["args"], *testers, *map(shlex.split, advised)):
+        check_tierstream(words)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)

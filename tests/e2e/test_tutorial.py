@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from brokers import dies_with_us, noida_command, tail, unused_port, wait_until
-from service_process import clean_environment
-from shown import ALONE, OWN_KAFKA, ROOT, SHELL, STORY, blocks, reason_not_run
+from brokers import Broker, dies_with_us, kafka_jars, noida_command, tail, unused_port, wait_until
+from service_process import clean_environment, command_line
+from shown import ALONE, OWN_KAFKA, ROOT, SHELL, STORY, TOPICS, blocks, commands_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.broker, pytest.mark.timeout(300)]
 
@@ -223,16 +224,53 @@ def test_commands_with_a_file_of_ones_own(reader: Reader, page: Path) -> None:
     (reader.folder / "operations.jsonl").write_text(
         blocks(ROOT / "README.md", "json")[0].replace("…", "a picture"), encoding="utf-8"
     )
-    shown = [text for text in blocks(page, *SHELL) if "--config tierstream.yaml" in text and not reason_not_run(text)]
+    shown = [line for text in blocks(page, *SHELL) for line in commands_of(text) if "--config tierstream.yaml" in line]
 
     assert shown
-    for line in "".join(shown).splitlines():
+    for line in shown:
         if not line.startswith("tierstream run "):
             reader.run(line.replace(" --follow", " --limit 1"))
 
 
+def test_topics_made_by_kafkas_own_tool_are_what_the_settings_need(apache: Broker, tmp_path: Path) -> None:
+    """docs/deploy.md: its commands on Apache Kafka, with one node; then the page's own file finds nothing missing."""
+    if shutil.which("java") is None:
+        pytest.skip("Kafka's tools need java")
+    page = ROOT / "docs" / "deploy.md"
+    (made,) = [text for text in blocks(page, *SHELL) if text.startswith(TOPICS)]
+    (settings,) = [text for text in blocks(page, "yaml") if text.startswith("# tierstream.yaml")]
+    tool = tmp_path / TOPICS
+    java = f"java -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -cp '{kafka_jars()}/*'"
+    tool.write_text(f'#!/bin/sh\nexec {java} org.apache.kafka.tools.TopicCommand "$@"\n', encoding="utf-8")
+    tool.chmod(0o755)
+    replaced = {
+        "--replication-factor 3": "--replication-factor 1",
+        "kafka-1:9092, kafka-2:9092": apache.bootstrap,
+        "kafka-1:9092": apache.bootstrap,
+        "/var/lib/tierstream": str(tmp_path / "data"),
+    }
+    suffix = apache.unused_name("")
+
+    def ours(text: str) -> str:
+        for shown, here in replaced.items():
+            text = text.replace(shown, here)
+        return re.sub(r"(?<=[ \[])(operations(?:\.dlq)?|responses)(?=[ \]}])", rf"\g<1>{suffix}", text)
+
+    environment = clean_environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "tierstream.yaml").write_text(ours(settings), encoding="utf-8")
+    makers = [
+        subprocess.Popen(["sh", "-c", ours(line)], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        for line in commands_of(made)
+    ]
+    said = [maker.communicate(timeout=COMMAND_SECONDS)[1] for maker in makers]
+    assert [maker.returncode for maker in makers] == [0, 0, 0], said
+
+    done = command_line("check-config", "--config", "tierstream.yaml", "--online", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
-    "text", [text for page in ALONE for text in blocks(page, *SHELL) if not reason_not_run(text)]
+    "text", [line for page in ALONE for text in blocks(page, *SHELL) for line in commands_of(text)]
 )
 def test_commands_that_need_nothing(reader: Reader, text: str) -> None:
     """As they stand."""
