@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Mapping
+from copy import copy
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, Self, TypeVar
 from uuid import uuid4
@@ -230,7 +231,7 @@ class TierstreamClient:
         try:
             async with asyncio.timeout(self._timeout), self._turn:
                 if self._failure is not None:
-                    raise self._failure
+                    raise copy(self._failure) from self._failure
                 if self._reader is None:
                     raise RuntimeError("start the client first")
                 self._pending[request_id] = answer
@@ -273,7 +274,8 @@ class TierstreamClient:
     def _fail(self, error: TierstreamError) -> None:
         for answer in self._pending.values():
             if not answer.done():
-                answer.set_exception(error)
+                # One for each: with every raise an exception keeps the frames it came through, and their payloads.
+                answer.set_exception(copy(error))
 
 
 def trace_headers() -> list[tuple[str, bytes | None]]:

@@ -316,7 +316,7 @@ class _TracedTier:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._backend, name)
-        if name in NOT_REQUESTS:
+        if name in NOT_REQUESTS or not callable(method):
             return method
         tracer, span_name = self._tracer, f"{self._name} {name}"
         attributes = {"tierstream.tier": self._name, "tierstream.request": name}

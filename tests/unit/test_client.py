@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from types import SimpleNamespace
+from traceback import walk_tb
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,6 +258,27 @@ async def test_a_reader_that_breaks_is_no_silence() -> None:
         channel.incoming.put_nowait(ZeroDivisionError("defect"))
         with pytest.raises(OperationPanic, match="ZeroDivisionError: defect"):
             await call
+
+
+async def test_calls_after_the_end_of_the_reader_are_not_kept_by_its_error() -> None:
+    """One error that is raised again and again keeps every frame that it came through, and the payload in each."""
+    channel = ChannelDouble()
+
+    async def failing(ours: TierstreamClient) -> list[FrameType]:
+        with pytest.raises(OperationPanic) as caught:
+            await ours.insert(CONTEXT, "k", b"x")
+        return [frame for frame, _ in walk_tb(caught.value.__traceback__)]
+
+    async with client(channel) as ours:
+        calls = [asyncio.create_task(failing(ours)) for _ in range(5)]
+        await channel.sent_so_many(5)
+        channel.incoming.put_nowait(ZeroDivisionError("defect"))
+        waiting = await asyncio.gather(*calls)
+        later = [await failing(ours) for _ in range(5)]
+
+    assert len({len(frames) for frames in waiting}) == 1, "those that waited are not in each other's"
+    assert len({len(frames) for frames in later}) == 1
+    assert all(frame.f_code.co_name != "_read" for frames in later for frame in frames)
 
 
 async def test_a_start_that_fails_leaves_nothing_connected() -> None:

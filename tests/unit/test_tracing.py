@@ -244,6 +244,18 @@ async def test_an_insert_that_is_given_a_random_key_is_the_same_operation(make: 
     assert spans.tree("process operations") == {"insert": {}, "send responses": {}}
 
 
+def test_what_a_backend_says_of_itself_is_said_of_the_traced_one(spans: Spans) -> None:
+    """An attribute is no request: what is asked for its truth would be true of every function."""
+
+    class Repeating(MemoryBackend):
+        repeats_requests = False
+
+    traced = spans.tracing.tier(Repeating(), "high_volume")
+
+    assert traced.repeats_requests is False
+    assert not hasattr(spans.tracing.tier(MemoryBackend(), "high_volume"), "repeats_requests")
+
+
 async def test_operations_that_run_side_by_side_keep_their_requests_apart(make: Make, spans: Spans) -> None:
     """Runners are shared by operations: a span that stayed behind would have the next one's requests."""
     storage = GatedStorage(*(f"object-{offset}" for offset in range(0, 20, 2)))
