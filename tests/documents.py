@@ -97,6 +97,10 @@ def dashboard_page() -> str:
         "file. Choose a data source, namespaces and jobs at the top. The first row is the headline: how full the",
         "windows are.",
         "",
+        "![All panels of the dashboard, with the data of a real run](dashboard.png)",
+        "",
+        "The data is Prometheus' own, of a service under load (`make picture`); the drawing is not Grafana's.",
+        "",
         "Made from the panels' declarations by `make docs`; tests hold every query against a running service.",
     ]
     for title, panels in ROWS:

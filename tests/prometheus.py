@@ -52,9 +52,9 @@ def panels() -> list[dict[str, Any]]:
     return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
-def as_asked(expression: str) -> str:
-    """An expression of the dashboard as Grafana asks it when everything is chosen."""
-    for variable, value in (("$__rate_interval", "5m"), ("$namespace", ".*"), ("$job", ".*")):
+def as_asked(expression: str, interval: str = "5m") -> str:
+    """An expression of the dashboard as Grafana asks it when everything is chosen, rates over *interval*."""
+    for variable, value in (("$__rate_interval", interval), ("$namespace", ".*"), ("$job", ".*")):
         expression = expression.replace(variable, value)
     return expression
 
