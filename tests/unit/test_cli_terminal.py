@@ -341,7 +341,7 @@ class TestCompletion:
         assert "_tierstream_completion" in shell.stdout, shell.stderr
 
     def test_zsh_is_told_names_and_what_they_do(self, tmp_path: Path) -> None:
-        """As its completion function asks; where there is a zsh, it takes that function."""
+        """As its completion function asks."""
         asked = subprocess.run(
             ["tierstream"],
             capture_output=True,
@@ -363,8 +363,42 @@ class TestCompletion:
 
         assert '"replay":"Put records, or dead letters, back on their input."' in asked.stdout
         assert "#compdef tierstream" in shown.stdout
-        zsh = shutil.which("zsh")
-        if zsh is not None:
-            file = tmp_path / "_tierstream"
-            file.write_text(shown.stdout, encoding="utf-8")
-            subprocess.run([zsh, "-n", str(file)], check=True, timeout=30)
+
+    @pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+    def test_zsh_completes_in_a_terminal(self, tmp_path: Path) -> None:
+        """A subcommand below another one, an option, a choice; what would be ambiguous is listed with what it does."""
+        environment = self.environment(HOME=str(tmp_path), PS1="> ")
+        with Terminal(["zsh", "-f", "-i"], tmp_path, columns=100, environment=environment) as terminal:
+            terminal.press("autoload -U compinit; compinit -u\n")
+            terminal.press('eval "$(_TIERSTREAM_COMPLETE=source_zsh tierstream)"; print it is $((1 + 1))\n')
+            terminal.wait(lambda text: "it is 2" in text, "the function to be known")
+            for typed, completed in (
+                ("storage ver", "tierstream storage verify"),
+                ("lag --boot", "tierstream lag --bootstrap"),
+                ("size --policy e", "tierstream size --policy equal-share"),
+                ("re", "reset-offsets  -- Let the group go on elsewhere."),
+            ):
+                terminal.press(f"\x15tierstream {typed}\t")
+                terminal.wait(lambda text, completed=completed: completed in text, completed)  # type: ignore[misc]
+
+    @pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+    def test_fish_completes(self, tmp_path: Path) -> None:
+        """By its own question for what a line may become."""
+        lines = ("storage ver", "lag --boot", "size --policy e")
+        script = ["env _TIERSTREAM_COMPLETE=source_fish tierstream | source"]
+        script += [f'complete -C "tierstream {line}"' for line in lines]
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", "; ".join(script)],
+            capture_output=True,
+            text=True,
+            env=self.environment(HOME=str(tmp_path)),
+            cwd=tmp_path,
+            timeout=120,
+            check=True,
+        )
+
+        assert [line.partition("\t")[0] for line in done.stdout.splitlines() if line] == [
+            "verify",
+            "--bootstrap",
+            "equal-share",
+        ]
