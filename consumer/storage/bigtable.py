@@ -8,15 +8,16 @@ family    cells collected  columns
 ``fg``    by timestamp     ``p`` payload, ``m`` metadata (JSON), ``w`` a name of the write: of an object that expires
 ``fm``    never            the same, of an object that does not
 ``fr``    by timestamp     ``r`` target, ``t`` metadata, ``w``: of a tombstone. ``f/REVISION``: of a forbidden revision.
-                           ``a/SOURCE``: the position of the last write that came from there, 20 digits
+                           ``a/SOURCE``: the position of the last write that came from there, 20 digits.
+                         ``o/NAME``: the mark of a swap that found nothing
 ========  ===============  =============================================================================
 
 The timestamp of a cell *is* its deadline, rounded down to milliseconds (BT-3), for a forbidden revision the end of the
 ban; what does not expire has :data:`NEVER`. So one filter by timestamp sees what is live, wherever it lies, and the
 table forgets the rest by itself (BT-2). Every write begins by deleting the object and the tombstone in the same
-mutation (BT-4); forbidden revisions and positions stay. The deadline of a position is that of what was written there,
-and a deletion's time, plus :data:`~consumer.storage.metadata.POSITION_KEPT`: the marker a deletion leaves is no more
-than that cell. An idle expiry that is extended does not extend it.
+mutation (BT-4); forbidden revisions, positions and marks stay. The deadline of a position is that of what was written
+there, and a deletion's time, plus :data:`~consumer.storage.metadata.POSITION_KEPT`: the marker a deletion leaves is no
+more than that cell. An idle expiry that is extended does not extend it.
 
 **Live** for a condition is what has a deadline of a later millisecond; for a read, what has not expired to the
 microsecond (BT-5, BT-7). In between, less than a millisecond, a condition finds gone what a read still returns; who
@@ -31,16 +32,19 @@ is the one for *nothing found*.
 2. Compare and write (BT-8)
 
    * nothing → object, nothing: unless there is a live target.
-   * nothing → target N: unless there is a live target, or N is forbidden.
+   * nothing → target N: unless there is a live target, or N is forbidden, or this very swap has been applied before,
+     which leaves a mark. Repeated, or kept by the network, it would find nothing again once the object has been
+     deleted, and bring a revision back that is being removed.
    * target R → object, nothing: if R is the live target.
    * target R → target N: if R is the live target, and N is not forbidden. That "and not" is why targets and bans share
      a family: its columns are sorted, so the ban is found first where there is one.
 
    Likewise, and in put and delete: unless a later position of the same source is there.
 
-   Not written: the row is read. As wanted: True, be it by an attempt whose answer was lost (HV-6). Another target:
+   Not written: the row is read. As wanted, or marked: True, by an attempt whose answer was lost (HV-6). Another target:
    False, or ``BackendUnavailable`` where an attempt has gone without an answer: it may have won and been replaced
-   since. N forbidden: ``BackendUnavailable``. None of them: the row has changed in between; again.
+   since, also by a later position. N forbidden: ``BackendUnavailable``. None of them: the row has changed in between;
+   again.
 3. Forbid: unless the revision is the live target.
 4. Extend: read the row whole; rewritten with the new deadline if the write it was read from, ``w``, is still there. A
    payload is part of the timestamped row, so it travels both ways; a row read and rewritten blindly would undo whatever
@@ -99,8 +103,8 @@ FAMILIES = {COLLECTED: True, KEPT: False, REDIRECTS: True}
 
 PAYLOAD, METADATA, WRITE = b"p", b"m", b"w"
 TARGET, TOMBSTONE_METADATA = b"r", b"t"
-FORBIDDEN, POSITION = b"f/", b"a/"
-"""What the columns of forbidden revisions and of positions begin with; sorted before :data:`TARGET`."""
+FORBIDDEN, POSITION, APPLIED = b"f/", b"a/", b"o/"
+"""What the columns of forbidden revisions, positions and marks begin with; sorted before :data:`TARGET`."""
 
 NEVER = 253_402_300_799_000_000
 """Deadline, in microseconds, of what does not expire: the last second of the year 9999, where ``datetime`` ends too."""
@@ -223,12 +227,17 @@ class BigtableBackend:
         """Write if the live tombstone is *current* (None: there is none), HV-5 … HV-9."""
         key, changes = _key(object_id), self._changes(object_id, write, position)
         wanted = write.target if isinstance(write, Tombstone) else None
+        mark = APPLIED + _random_name() if current is None and wanted is not None else None
+        if mark is not None:
+            changes = [*changes, set_cell(REDIRECTS, mark, b"", self._late_until())]
         repeated = False
         for _ in range(RACES_MAX):
             since = self._since()
             in_the_way = [] if position is None else [_later(position, since)]
             if wanted is not None:
                 in_the_way.append(_ban(wanted, since))
+            if mark is not None:
+                in_the_way.append(cell(REDIRECTS, mark, since=since))
             target = _target(since, current)
             if current is None:
                 check = await self._table.check_and_mutate(
@@ -247,18 +256,16 @@ class BigtableBackend:
             tombstone = _tombstone(seen, self._clock())
             points_to = None if tombstone is None else tombstone.target
             ahead = _ahead(seen, position)
-            if points_to is not None and points_to == wanted:
+            if (points_to is not None and points_to == wanted) or (mark is not None and (REDIRECTS, mark) in seen):
                 return True
-            if ahead > 0:
-                return False
             if points_to != current:
-                if ahead < 0:
-                    return None
                 if repeated and points_to != wanted:
                     # Lost, or won by an attempt without an answer and replaced since: then what it replaced is ours to
                     # clean up, and "lost" would leave it.
                     raise BackendUnavailable("bigtable: the swap's outcome is unknown")
-                return points_to == wanted
+                return None if ahead < 0 else points_to == wanted and (repeated or ahead == 0)
+            if ahead > 0:
+                return False
             if wanted is not None and (REDIRECTS, _ban_column(wanted)) in seen:
                 raise BackendUnavailable("the revision was given up by a clean-up; write it again as a new one")
             await asyncio.sleep(LAST_MILLISECOND)
@@ -267,8 +274,7 @@ class BigtableBackend:
     async def forbid(self, object_id: ObjectId, revision: Revision) -> bool:
         """Refuse *revision* as a tombstone's target from now on; False where the row already points at it."""
         column = _ban_column(revision)
-        until = _milliseconds(micros(self._clock() + FORBIDDEN_FOR))
-        ban = [delete_column(REDIRECTS, column), set_cell(REDIRECTS, column, b"", until)]
+        ban = [delete_column(REDIRECTS, column), set_cell(REDIRECTS, column, b"", self._late_until())]
         points_to_it = _target(self._since(), revision)
         return not (await self._table.check_and_mutate(_key(object_id), points_to_it, unmatched=ban)).matched
 
@@ -367,6 +373,10 @@ class BigtableBackend:
         remembered = set_cell(REDIRECTS, column, b"%020d" % position.offset, _milliseconds(until))
         return [*changes, delete_column(REDIRECTS, column), remembered]
 
+    def _late_until(self) -> int:
+        """Return the deadline of what is kept for a swap that arrives late."""
+        return _milliseconds(micros(self._clock() + FORBIDDEN_FOR))
+
     def _state(self, object_id: ObjectId, write: TieredWrite) -> list[Change]:
         match write:
             case Tombstone(target, metadata):
@@ -381,7 +391,7 @@ class BigtableBackend:
                 return self._removal
         _check_row(object_id, cells)
         deadline = NEVER if metadata.time_expires is None else _milliseconds(micros(metadata.time_expires))
-        cells.append((WRITE, os.urandom(16).hex().encode()))
+        cells.append((WRITE, _random_name()))
         return self._removal + [set_cell(family, column, value, deadline) for column, value in cells]
 
 
@@ -390,6 +400,10 @@ class BigtableBackend:
 
 def _key(object_id: ObjectId) -> bytes:
     return object_id.storage_path.encode()
+
+
+def _random_name() -> bytes:
+    return os.urandom(16).hex().encode()
 
 
 def _position_column(position: Position) -> bytes:

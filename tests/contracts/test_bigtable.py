@@ -18,15 +18,16 @@ from cli_runner import Tierstream
 from consumer.errors import BackendError, BackendUnavailable, ConfigError, TooLarge
 from consumer.ids import ObjectId
 from consumer.metrics import Counts
-from consumer.operations import Metadata, StoredObject, TimeToIdle, TimeToLive
+from consumer.operations import Metadata, Position, StoredObject, TimeToIdle, TimeToLive
 from consumer.storage import bigtable
 from consumer.storage.backend import InlineObject, Removal, Revision, TieredWrite, Tombstone
 from consumer.storage.bigtable import NEVER, RACES_MAX, BigtableBackend
-from consumer.storage.bigtable_table import ATTEMPTS, BigtableTable, TableName, delete_column
+from consumer.storage.bigtable_table import ATTEMPTS, GROUPS_AT_ONCE, BigtableTable, TableName, delete_column
 from consumer.storage.memory import MemoryBackend
-from consumer.storage.metadata import encode_metadata, micros
+from consumer.storage.metadata import FORBIDDEN_FOR, encode_metadata, micros
 from consumer.storage.revision import new_revision
 from consumer.storage.tiered import TieredStorage
+from failures import Paused
 
 pytestmark = pytest.mark.emulator
 
@@ -34,11 +35,21 @@ AnId: TypeAlias = Callable[..., ObjectId]
 
 A, B = Revision("attachments/objects/k/A"), Revision("attachments/objects/k/B")
 
+
+def position(offset: int) -> Position:
+    """Return where a record stands."""
+    return Position("topic/0", offset)
+
+
 NOBODY = {"bootstrap_servers": ["127.0.0.1:1"]}
 """Brokers that are not there."""
 
 WAIT_SECONDS = 30.0
 """Longest wait for what happens in the background."""
+
+
+MARK = ("fr", b"o/NAME")
+"""The mark of a swap for nothing, whatever its name."""
 
 
 def lost() -> Exception:
@@ -75,11 +86,17 @@ async def connection(backend: BigtableBackend) -> FaultyConnection:
 
 
 async def cells_of(backend: BigtableBackend, object_id: ObjectId) -> dict[tuple[str, bytes], tuple[bytes, int]]:
-    """Return all cells of a row, random names of writes replaced."""
+    """Return all cells of a row, random names of writes replaced, and of all marks the last."""
     raw = await (await backend._table._connect()).read_row(object_id.storage_path.encode())
     found = {} if raw is None else {(one.family, one.qualifier): one for one in raw.cells}
     assert raw is None or len(found) == len(raw.cells), "two cells in a column"
-    return {column: (b"W" if column[1] == b"w" else one.value, one.timestamp_micros) for column, one in found.items()}
+    return {
+        MARK if column[1].startswith(b"o/") else column: (
+            b"W" if column[1] == b"w" else one.value,
+            one.timestamp_micros,
+        )
+        for column, one in found.items()
+    }
 
 
 class TestRows:
@@ -88,7 +105,7 @@ class TestRows:
     async def test_an_object_that_does_not_expire_lies_in_the_kept_family(
         self, backend: BigtableBackend, an_id: AnId
     ) -> None:
-        """BT-1, BT-2, BT-6: payload, and metadata with the size; a deadline nobody lives to see."""
+        """BT-1, BT-2, BT-6: payload, and metadata with the size, which so is never missing; a deadline far away."""
         await backend.put_non_tombstone(an_id(), Metadata(filename="f"), b"payload")
 
         assert await cells_of(backend, an_id()) == {
@@ -115,14 +132,16 @@ class TestRows:
     async def test_a_tombstone_names_its_target(
         self, backend: BigtableBackend, an_id: AnId, clock: Any, seconds: int | None
     ) -> None:
-        """BT-1: never beside an object."""
+        """BT-1: never beside an object. Swapped in for nothing, it leaves a mark, for a day."""
         expires = None if seconds is None else clock() + timedelta(seconds=seconds)
         tombstone = Tombstone(A, Metadata(size=5_000_000, time_expires=expires))
         await backend.put_non_tombstone(an_id(), Metadata(), b"x")
         assert await backend.compare_and_write(an_id(), None, tombstone)
 
         deadline = NEVER if expires is None else micros(expires) - micros(expires) % 1000
+        marked_until = micros(clock() + FORBIDDEN_FOR)
         assert await cells_of(backend, an_id()) == {
+            MARK: (b"", marked_until - marked_until % 1000),
             ("fr", b"r"): (A.name.encode(), deadline),
             ("fr", b"t"): (encode_metadata(tombstone.metadata), deadline),
             ("fr", b"w"): (b"W", deadline),
@@ -151,7 +170,8 @@ class TestRows:
                 seen = await backend.head_tiered(an_id())
                 current = seen.target if isinstance(seen, Tombstone) else None
                 assert await backend.compare_and_write(an_id(), current, writes[number])
-            assert set(await cells_of(backend, an_id())) == left[second] | {("fr", b"f/" + B.name.encode())}
+            found = set(await cells_of(backend, an_id())) - {MARK}
+            assert found == left[second] | {("fr", b"f/" + B.name.encode())}
 
     async def test_a_removed_object_leaves_no_row(self, backend: BigtableBackend, an_id: AnId) -> None:
         """Nothing to pay for."""
@@ -319,6 +339,61 @@ class TestFaults:
         with pytest.raises(BackendUnavailable, match="unknown"):
             await backend.compare_and_write(an_id(), A, won)
 
+    @pytest.mark.parametrize("write", [TOMBSTONE_B, SMALL, Removal()], ids=["tombstone", "object", "nothing"])
+    async def test_a_swap_won_unheard_and_replaced_by_a_later_record_is_not_called_lost(
+        self,
+        backend: BigtableBackend,
+        other: BigtableBackend,
+        connection: FaultyConnection,
+        an_id: AnId,
+        write: TieredWrite,
+    ) -> None:
+        """TIER-8: a member taken for dead, whose successor is further on. "Lost" would leave revision A to nobody."""
+        await bring_into(backend, an_id(), "tombstone")
+
+        async def replace_it() -> None:
+            current = write.target if isinstance(write, Tombstone) else None
+            assert await other.compare_and_write(an_id(), current, Tombstone(Revision("C"), Metadata()), position(2))
+
+        connection.answer_lost("check_and_mutate_row", lost(), meanwhile=replace_it)
+        with pytest.raises(BackendUnavailable, match="unknown"):
+            await backend.compare_and_write(an_id(), A, write, position(1))
+
+    async def test_an_object_put_unheard_and_replaced_by_a_later_one_is_no_swap_lost(
+        self, backend: BigtableBackend, other: BigtableBackend, connection: FaultyConnection, an_id: AnId
+    ) -> None:
+        """As above, where nothing tells the two apart: the tombstone is gone, as was wanted."""
+        await bring_into(backend, an_id(), "tombstone")
+
+        async def replace_it() -> None:
+            assert await other.put_non_tombstone(an_id(), Metadata(), b"later", position(2)) is None
+
+        connection.answer_lost("check_and_mutate_row", lost(), meanwhile=replace_it)
+
+        assert await backend.compare_and_write(an_id(), A, SMALL, position(1)) is True
+        assert await other.get_tiered(an_id()) == StoredObject(Metadata(size=5), b"later")
+
+    @pytest.mark.parametrize("write", [Removal(), SMALL], ids=["deleted", "replaced"])
+    async def test_a_swap_repeated_after_it_was_undone_is_not_applied_again(
+        self,
+        backend: BigtableBackend,
+        other: BigtableBackend,
+        connection: FaultyConnection,
+        an_id: AnId,
+        write: TieredWrite,
+    ) -> None:
+        """Won unheard, and undone by another writer, who removes the revision, before the repeat is sent.
+
+        It finds no tombstone, as the first attempt did. Applied again, it would point to nothing, and what the other
+        writer has been acknowledged would be lost.
+        """
+        connection.answer_lost(
+            "check_and_mutate_row", lost(), meanwhile=lambda: other.compare_and_write(an_id(), B, write)
+        )
+
+        assert await backend.compare_and_write(an_id(), None, TOMBSTONE_B) is True
+        assert await other.get_tiered(an_id()) == (StoredObject(SMALL.metadata, b"y") if write is SMALL else None)
+
     @pytest.mark.parametrize(
         "error",
         [
@@ -385,15 +460,10 @@ class TestFaults:
     async def test_a_cancelled_request_leaves_the_connection_usable(
         self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
     ) -> None:
-        never, reached = asyncio.Event(), asyncio.Event()
-
-        async def hang() -> None:
-            reached.set()
-            await never.wait()
-
-        connection.after("check_and_mutate_row", hang)
+        answer = Paused()
+        connection.after("check_and_mutate_row", answer.pause)
         putting = asyncio.create_task(backend.put_non_tombstone(an_id(), Metadata(), b"x"))
-        await reached.wait()
+        await answer.reached.wait()
         putting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await putting
@@ -628,84 +698,74 @@ class TestGroups:
         self, backend: BigtableBackend, other: BigtableBackend, connection: FaultyConnection, an_id: AnId
     ) -> None:
         """It joins no request that has been sent."""
-        sent, go_on = asyncio.Event(), asyncio.Event()
-
-        async def hold() -> None:
-            sent.set()
-            await go_on.wait()
-
-        connection.after("read_rows", hold)
+        answer = Paused()
+        connection.after("read_rows", answer.pause)
         early = [asyncio.create_task(backend.get_tiered(an_id(key))) for key in "ab"]
-        await sent.wait()
+        await answer.reached.wait()
         await other.put_non_tombstone(an_id("a"), Metadata(), b"x")
 
         assert await backend.get_tiered(an_id("a")) == StoredObject(Metadata(size=1), b"x")
-        go_on.set()
+        answer.go_on.set()
         assert await asyncio.gather(*early) == [None, None]
 
     async def test_what_gathers_behind_requests_on_their_way_is_sent_after_them(
         self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
     ) -> None:
         """At most four at a time; the rest as one."""
-        sent, go_on = asyncio.Queue[None](), asyncio.Event()
-
-        async def hold() -> None:
-            sent.put_nowait(None)
-            await go_on.wait()
-
-        readers = []
-        for number in range(4):
-            connection.after("read_rows", hold)
-            readers += [asyncio.create_task(backend.get_tiered(an_id(f"{number}{key}"))) for key in "ab"]
-            await sent.get()
+        answers, readers = await hold_all_requests(backend, connection, an_id)
         for key in "cdefg":
             readers.append(asyncio.create_task(backend.get_tiered(an_id(key))))
             await asyncio.sleep(0)
-        assert connection.sent == ["read_rows"] * 4
-        go_on.set()
+        assert connection.sent == ["read_rows"] * GROUPS_AT_ONCE
+        for answer in answers:
+            answer.go_on.set()
 
-        assert await asyncio.gather(*readers) == [None] * 13
-        assert connection.sent == ["read_rows"] * 5
+        assert await asyncio.gather(*readers) == [None] * (2 * GROUPS_AT_ONCE + 5)
+        assert connection.sent == ["read_rows"] * (GROUPS_AT_ONCE + 1)
 
     async def test_a_cancelled_reader_disturbs_nobody(
         self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
     ) -> None:
         """Before its request is sent, and while it is on its way."""
-        sent, go_on = asyncio.Event(), asyncio.Event()
-
-        async def hold() -> None:
-            sent.set()
-            await go_on.wait()
-
-        connection.after("read_rows", hold)
+        answer = Paused()
+        connection.after("read_rows", answer.pause)
         early, late, staying, other_one = (asyncio.create_task(backend.get_tiered(an_id(key))) for key in "abcd")
         await asyncio.sleep(0)
         early.cancel()
-        await sent.wait()
+        await answer.reached.wait()
         late.cancel()
-        go_on.set()
+        answer.go_on.set()
 
         outcomes = await asyncio.gather(early, late, staying, other_one, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes[:2]] == [asyncio.CancelledError] * 2
         assert (outcomes[2], outcomes[3]) == (None, None)
 
-    async def test_closing_ends_reads_on_their_way(
+    async def test_closing_ends_reads_on_their_way_and_sends_no_more(
         self, backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
     ) -> None:
-        """Nothing is left behind."""
-        sent = asyncio.Event()
-
-        async def hang() -> None:
-            sent.set()
-            await asyncio.Event().wait()
-
-        connection.after("read_rows", hang)
-        reads = [asyncio.create_task(backend.get_tiered(an_id(key))) for key in "ab"]
-        await sent.wait()
+        """Nothing is left behind, no new connection either: those that gather behind are ended too."""
+        _, reads = await hold_all_requests(backend, connection, an_id)
+        reads += [asyncio.create_task(backend.get_tiered(an_id(key))) for key in "cd"]
+        await asyncio.sleep(0)
         await backend.close()
 
         outcomes = await asyncio.gather(*reads, return_exceptions=True)
-        assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 2
+        assert {type(outcome) for outcome in outcomes} == {asyncio.CancelledError}
+        assert connection.sent == ["read_rows"] * GROUPS_AT_ONCE
+        assert backend._table._connection is None
+
+
+async def hold_all_requests(
+    backend: BigtableBackend, connection: FaultyConnection, an_id: AnId
+) -> tuple[list[Paused], list[asyncio.Task[Any]]]:
+    """Let as many requests for rows be on their way as may be, two rows each; return their answers and readers."""
+    answers, readers = [], []
+    for number in range(GROUPS_AT_ONCE):
+        answers.append(Paused())
+        connection.after("read_rows", answers[-1].pause)
+        readers += [asyncio.create_task(backend.get_tiered(an_id(f"{number}{key}"))) for key in "ab"]
+        await answers[-1].reached.wait()
+    return answers, readers
 
 
 class TestLimits:
@@ -809,10 +869,7 @@ class TestTable:
         made = getattr(bigtable_emulator, part)(table)
         with pytest.raises(ConfigError, match=f"storage init.*{table}"):
             await made.open()
-        where = TableName(bigtable_emulator.project, bigtable_emulator.instance, table, bigtable_emulator.host)
-        stranger = BigtableTable(where, {"stranger": False})
-        await stranger.create()
-        await stranger.close()
+        await make_table(bigtable_emulator, table, {"stranger": False})
 
         connection = await FaultyConnection.under(made)
         with pytest.raises(ConfigError, match=f"storage init.*{table}"):
@@ -826,10 +883,7 @@ class TestTable:
     async def test_a_kept_family_with_a_collection_rule_is_refused(self, bigtable_emulator: Emulator) -> None:
         """It would lose objects."""
         table = bigtable_emulator.unused_table()
-        where = TableName(bigtable_emulator.project, bigtable_emulator.instance, table, bigtable_emulator.host)
-        losing = BigtableTable(where, {"fm": True})
-        await losing.create()
-        await losing.close()
+        await make_table(bigtable_emulator, table, {"fm": True})
 
         backend = bigtable_emulator.backend(table)
         with pytest.raises(ConfigError, match="fm"):
@@ -879,6 +933,13 @@ class TestTable:
         assert "there is no object" in tierstream("storage", "head", "u/objects/k", config=config).err
         assert tierstream("storage", "verify", "--json", config=config).code == 0
         assert tierstream("storage", "recover", "--json", "--yes", config=config).json["entries"] == 0
+
+
+async def make_table(emulator: Emulator, name: str, families: dict[str, bool]) -> None:
+    """Make a table with these families alone."""
+    table = BigtableTable(TableName(emulator.project, emulator.instance, name, emulator.host), families)
+    await table.create()
+    await table.close()
 
 
 async def _nothing() -> None:
