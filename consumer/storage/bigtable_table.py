@@ -21,6 +21,9 @@ its own answer, and what each costs decides how many there are in a second.
 An attempt that ran into its deadline may still be applied, as its deadline goes with it to the server: within the time
 it takes to get there.
 
+**Cancelled**, a write that has been sent is waited for, :data:`SETTLE_SECONDS` at most. So what its caller does next
+finds what became of it, and is not overtaken by it.
+
 **Rows asked for at the same time** travel in one request (:class:`RowReader`).
 
 **Close** waits :data:`CLOSE_SECONDS` for each of its steps.
@@ -74,6 +77,9 @@ WRITE_CONNECTIONS = 5
 WRITES_AT_ONCE = 100
 """Writes on one connection before the next one is used: as many as Google's servers take of one connection at a time.
 Not spread further than that: what is sent together travels together, for a third less time of both sides."""
+
+SETTLE_SECONDS = 5.0
+"""How long a cancelled caller waits for the answer to its write, as with files: most come within milliseconds."""
 
 CONNECT_SECONDS = 15.0
 """How long credentials may take: a metadata server that is not there is asked for about ten."""
@@ -624,24 +630,26 @@ class _Writes:
     async def check_and_mutate_row(self, request: Any) -> bool:
         """Send a conditional write; True if its predicate let something pass."""
         line = self._free_line()
-        line.on_the_way += 1
-        try:
-            answer = await line.check_and_mutate(request, timeout=ATTEMPT_SECONDS, metadata=self._routing)
-        except self._error as error:
-            raise self._translated(error) from error
-        finally:
-            line.on_the_way -= 1
-        matched: bool = answer.predicate_matched
+        matched: bool = (await self._answer(line, line.check_and_mutate, request)).predicate_matched
         return matched
 
     async def mutate_row(self, request: Any) -> None:
         """Send a write without condition."""
         line = self._free_line()
+        await self._answer(line, line.mutate, request)
+
+    async def _answer(self, line: _Line, send: Any, request: Any) -> Any:
         line.on_the_way += 1
+        call = send(request, timeout=ATTEMPT_SECONDS, metadata=self._routing)
         try:
-            await line.mutate(request, timeout=ATTEMPT_SECONDS, metadata=self._routing)
+            await _end_of(call)  # and not the call itself: whoever is cancelled while it waits for that ends it
+            return await call
         except self._error as error:
             raise self._translated(error) from error
+        except asyncio.CancelledError:
+            await asyncio.wait({_end_of(call)}, timeout=SETTLE_SECONDS)
+            call.cancel()
+            raise
         finally:
             line.on_the_way -= 1
 
@@ -673,6 +681,18 @@ class _Line:
             service + "MutateRow", kinds.Mutate.SerializeToString, kinds.Mutated.FromString
         )
         self.on_the_way = 0
+
+
+def _end_of(call: Any) -> asyncio.Future[None]:
+    """Return what is done when a call is, whatever came of it."""
+    end = asyncio.get_running_loop().create_future()
+
+    def ended(_call: Any) -> None:
+        if not end.done():
+            end.set_result(None)
+
+    call.add_done_callback(ended)
+    return end
 
 
 def _channel(credentials: Any, emulator_host: str | None) -> Any:
@@ -723,7 +743,9 @@ class RowReader:
         return cells
 
     async def close(self) -> None:
-        """End what is on its way; whoever waits for it is cancelled."""
+        """End what is on its way, and what gathers behind it; whoever waits is cancelled."""
+        for _, answer in self._waiting:
+            answer.cancel()
         for request in self._requests:
             request.cancel()
         if self._requests:

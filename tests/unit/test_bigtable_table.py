@@ -176,18 +176,27 @@ class WritesHeld:
     """A server whose answers to conditional writes wait; it remembers what came with each, and on which connection."""
 
     def __init__(self) -> None:
-        self.go_on = asyncio.Event()
+        self.reached, self.go_on = asyncio.Event(), asyncio.Event()
         self.headers: list[dict[str, str]] = []
         self.by_connection: Counter[str] = Counter()
         self.all_there = asyncio.Event()
         """As many as :data:`AT_ONCE`."""
+        self.given_up = asyncio.Event()
+        """A caller waits no more."""
+        self.answered = 0
 
     async def answer(self, _request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        self.reached.set()
         self.headers.append({name: str(value) for name, value in context.invocation_metadata() or ()})
         self.by_connection[context.peer()] += 1
         if self.by_connection.total() == AT_ONCE:
             self.all_there.set()
-        await self.go_on.wait()
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.given_up.set()
+            raise
+        self.answered += 1
         return b""
 
 
@@ -226,6 +235,42 @@ async def test_writes_fill_one_connection_before_they_use_the_next(writes_held: 
     assert await asyncio.gather(*at_once) == [False] * AT_ONCE
     await writes.check_and_mutate_row(request)
     assert max(held.by_connection.values()) == WRITES_AT_ONCE + 1, "the first one has room again"
+
+
+async def test_a_cancelled_write_is_waited_for(writes_held: tuple[WritesHeld, _Writes]) -> None:
+    """What its caller does next finds what became of it, instead of being overtaken by it."""
+    held, writes = writes_held
+    write = asyncio.create_task(writes.check_and_mutate_row(a_write()))
+    async with asyncio.timeout(30):
+        await held.reached.wait()
+    write.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0.001)
+    assert not write.done()
+    assert writes._lines[0].on_the_way == 1
+
+    held.go_on.set()
+    async with asyncio.timeout(30):
+        with pytest.raises(asyncio.CancelledError):
+            await write
+    assert held.answered == 1
+    assert writes._lines[0].on_the_way == 0
+
+
+async def test_a_cancelled_write_is_not_waited_for_for_ever(
+    writes_held: tuple[WritesHeld, _Writes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that does not answer holds up nobody's stop; the request is given up then."""
+    held, writes = writes_held
+    monkeypatch.setattr(bigtable_table, "SETTLE_SECONDS", 0.01)
+    write = asyncio.create_task(writes.check_and_mutate_row(a_write()))
+    async with asyncio.timeout(30):
+        await held.reached.wait()
+        write.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await write
+        await held.given_up.wait()
+    assert writes._lines[0].on_the_way == 0
 
 
 async def test_writes_say_what_they_are_routed_by(writes_held: tuple[WritesHeld, _Writes]) -> None:
