@@ -2,6 +2,9 @@
 
 What is *late* has its caller told that it failed while its request is still on its way; it takes effect whenever
 somebody lets it, in the order of nobody. Only writes of a row can be late: all else is idempotent and harmless.
+
+*Gusts* blow below a backend that repeats its requests by itself: now and then one of them gets no answer, having had
+its effect or not. None is hit so often that it fails.
 """
 
 from __future__ import annotations
@@ -12,10 +15,22 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from google.api_core.exceptions import DeadlineExceeded
+
 from consumer.storage.backend import InlineObject, Tombstone
 from failures import Away
+from strict_gcs import Fault, Kind, StrictGcs
 
 LATE = {"put_non_tombstone", "delete_non_tombstone", "compare_and_write"}
+
+GUST = 0.1
+"""How likely a request to Bigtable gets no answer, the first time it is sent."""
+
+GUST_SECONDS = (0.0, 0.0, 0.005, 0.02)
+"""After how long it turns out: others may have done much meanwhile."""
+
+REQUESTS_BETWEEN_GUSTS = 20
+"""Requests of a kind to a bucket that go well after one that did not: more than are made at a time."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +108,64 @@ def written_by(name: str, given: tuple[Any, ...]) -> object:
     if name == "compare_and_write" and isinstance(given[2], InlineObject | Tombstone):
         return given[2].payload if isinstance(given[2], InlineObject) else given[2]
     return None
+
+
+def in_gusts(part: Any, random: Random) -> Any:
+    """Return a backend or change log in a Bigtable, its connection in gusts."""
+    connect = part._table._connect
+
+    async def connect_in_gusts() -> GustyConnection:
+        part._table._connection = GustyConnection(await connect(), random)
+        return part._table._connection  # type: ignore[no-any-return]  # what has just been set
+
+    part._table._connect = connect_in_gusts
+    return part
+
+
+class GustyConnection:
+    """What a Bigtable's requests go through."""
+
+    def __init__(self, connection: Any, random: Random) -> None:
+        self._connection = connection
+        self._random = random
+        self._hit: set[int] = set()
+        """What has gone without an answer and is sent again, by identity."""
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._connection, name)
+        if name not in {"check_and_mutate_row", "mutate_row", "read_row", "read_rows"}:
+            return method
+
+        async def request(*given: Any, **named: Any) -> Any:
+            again = id(given[0]) in self._hit
+            self._hit.discard(id(given[0]))
+            if again or self._random.random() >= GUST:
+                return await method(*given, **named)
+            self._hit.add(id(given[0]))
+            if self._random.random() < 0.5:
+                await method(*given, **named)
+            await asyncio.sleep(self._random.choice(GUST_SECONDS))
+            raise DeadlineExceeded("a gust")
+
+        return request
+
+
+class GustyGcs(StrictGcs):
+    """A bucket's server in gusts."""
+
+    def __init__(self, random: Random) -> None:
+        super().__init__()
+        self._random = random
+        self._calm: dict[Kind, int] = {}
+
+    def fault_for(self, kind: Kind, params: dict[str, str]) -> Fault:
+        """Let one request of a kind go wrong after so many that did not."""
+        planned = super().fault_for(kind, params)
+        with self._lock:
+            self._calm[kind] = self._calm.get(kind, 0) + 1
+            if self._calm[kind] <= REQUESTS_BETWEEN_GUSTS:
+                return planned
+            self._calm[kind] = 0
+            return self._random.choice(
+                (Fault(before=True), Fault(after_effect=True), Fault(status=503), Fault(status=429))
+            )
