@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,19 @@ async def before(setup: Setup, payload: bytes | None) -> None:
     revision = new_revision(OBJECT)
     await MemoryBackend.put(setup.long_term, revision, metadata, payload)
     assert await MemoryBackend.compare_and_write(setup.high_volume, OBJECT, None, Tombstone(revision, metadata))
+
+
+class Noted:
+    """A backend whose calls are noted; a join is none."""
+
+    def __init__(self, backend: object, calls: list[str]) -> None:
+        self._backend = backend
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in {"join", "owner"}:
+            self._calls.append(name)
+        return getattr(self._backend, name)
 
 
 def up_to(size: int) -> Callable[[Metadata], bool]:
@@ -304,6 +318,33 @@ class TestReplacing:
         await setup.settled()
         assert len(revisions(setup.long_term)) == (after is OTHER_LARGE)
         assert bool(setup.high_volume._rows) == (after is not None)
+
+    @pytest.mark.parametrize(
+        ("after", "steps"),
+        [
+            (OTHER_LARGE, ["head_tiered", "record", "put", "compare_and_write"]),
+            (SMALL, ["put_non_tombstone", "record", "compare_and_write"]),
+            (None, ["delete_non_tombstone", "record", "compare_and_write"]),
+        ],
+        ids=["large", "small", "deleted"],
+    )
+    async def test_what_replaces_a_revision_takes_its_steps_in_order(
+        self, after: bytes | None, steps: list[str]
+    ) -> None:
+        """TIER-2, TIER-3, TIER-4: recorded before anything happens, and nothing removed before the swap."""
+        setup = Setup()
+        await put(setup, LARGE)
+        await setup.storage.join()
+        taken: list[str] = []
+        parts: list[Any] = [Noted(part, taken) for part in (setup.high_volume, setup.long_term, setup.log)]
+        setup.storage = TieredStorage(parts[0], parts[1], parts[2], LIMIT)
+        await setup.storage.join()
+        taken.clear()
+
+        await apply(setup, after)()
+        await setup.settled()
+
+        assert taken == [*steps, "delete", "remove"]
 
     async def test_what_touches_one_tier_is_not_recorded(self) -> None:
         """TIER-3: the common path writes no entry, and asks the high-volume tier once."""
