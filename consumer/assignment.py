@@ -397,12 +397,14 @@ class Assignment:
         With the ordering ``key``, nothing above an operation that waits for its dead letter alone: later ones on its
         object may be finished, and a replay of the first alone would undo them.
         """
-        tracker = self._tracker
-        runs = tracker.finished_runs()
+        runs = self._tracker.finished_runs()
         if self._lettered and self._pipeline.ordering == "key":
             lowest = min(self._lettered)
             runs = [(first, min(last, lowest - 1)) for first, last in runs if first < lowest]
-        return encode(tracker.watermark, runs, self._pipeline.cluster_id)
+        return self._encoded(runs)
+
+    def _encoded(self, runs: Iterable[Run]) -> str:
+        return encode(self._tracker.watermark, runs, self._pipeline.cluster_id)
 
     @property
     def idle(self) -> bool:
@@ -760,12 +762,14 @@ class Assignment:
     def settle(self, offsets: Sequence[int]) -> tuple[int, str]:
         """Count *offsets* as finished; return the offset and map that may be committed with their responses.
 
-        Only for exactly-once, where nothing but the transaction that carries the responses commits offsets.
+        Only for exactly-once, where nothing but the transaction that carries the responses commits offsets. The map
+        leaves nothing out: a dead letter is in the transaction of its response, and what comes later on the same object
+        is in none before.
         """
         fresh = [offset for offset in dict.fromkeys(offsets) if offset not in self._ahead]
         self._tracker.resolve(fresh)
         self._ahead.update(fresh)
-        return self.watermark, self.offset_map
+        return self.watermark, self._encoded(self._tracker.finished_runs())
 
     def transaction_committed(self, offset: int, metadata: str, *, map_left_out: bool) -> None:
         """The group's offset and map are these now; *map_left_out* where there was a map that is too large for it."""

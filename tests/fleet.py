@@ -544,6 +544,7 @@ class Fleet:
             "repeated": verdict.surplus,
             "repeats of what was in flight": unexplained,
             "responses below a commit": len(late),
+            "responses brought again to the reader": ledger.brought_again,
             "commits": len(commits),
             "commits with an offset map": sum(bool(commit.metadata) for commit in commits),
             "longest silence, s": round(silence, 2),
@@ -562,7 +563,7 @@ class Fleet:
     def _repeats(self, duplicated: Iterable[str]) -> list[str]:
         """When the first few of these were answered, for whoever looks for it in the logs."""
         return [
-            f"{name} at {[datetime.fromtimestamp(one.timestamp / 1000, UTC).isoformat() for one in answers]}"
+            f"{name} at {[f'{time_of(one.timestamp)} as {one.partition}/{one.offset}' for one in answers]}"
             for name, answers in ((name, self.stage.ledger.answers[name]) for name in islice(duplicated, 3))
         ]
 
@@ -664,6 +665,11 @@ def account(member: Member) -> str:
 def now_ms() -> int:
     """Milliseconds since the epoch; the broker's clock is this machine's."""
     return int(time.time() * 1000)
+
+
+def time_of(timestamp: int) -> str:
+    """Milliseconds since the epoch as logs have them."""
+    return datetime.fromtimestamp(timestamp / 1000, UTC).isoformat()
 
 
 def timestamp_ms(line: dict[str, Any]) -> int:

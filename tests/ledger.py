@@ -130,6 +130,9 @@ class Reader:
         """Prepare; nothing is read before `read_to_end`."""
         self.topic = topic
         self._reached: defaultdict[int, int] = defaultdict(int)
+        self._delivered: defaultdict[int, int] = defaultdict(lambda: -1)
+        """Partition to the last offset given out: what the client brings again after an outage is no new record."""
+        self.brought_again = 0
         self._consumer = Consumer(
             {
                 "bootstrap.servers": broker.bootstrap,
@@ -165,7 +168,11 @@ class Reader:
             partition, offset, error = record.partition() or 0, record.offset() or 0, record.error()
             if error is None:
                 self._reached[partition] = offset + 1
-                answers.append(self._answer(record))
+                if offset > self._delivered[partition]:
+                    self._delivered[partition] = offset
+                    answers.append(self._answer(record))
+                else:
+                    self.brought_again += 1
             elif error.code() == KafkaError._PARTITION_EOF:
                 self._reached[partition] = offset  # beyond transaction markers, which are never delivered
             else:
@@ -235,6 +242,11 @@ class Ledger:
     def output_partition_count(self) -> int:
         """How many partitions the output topic has."""
         return self._output.partition_count
+
+    @property
+    def brought_again(self) -> int:
+        """How many responses its own reader was brought more than once."""
+        return self._output.brought_again
 
     def close(self) -> None:
         """Release the clients."""

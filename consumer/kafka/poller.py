@@ -757,12 +757,21 @@ class Poller(ConsumerRebalanceListener):
     async def _committed_starts(
         self, cluster: Cluster, commits: Mapping[TopicPartition, Committed]
     ) -> dict[TopicPartition, StartPoint]:
-        """Read the offset maps of *commits*; one that is not to be believed has no effect, which is said aloud."""
+        """Read the offset maps of *commits*; one that is not to be believed has no effect, which is said aloud.
+
+        Raises:
+            ClusterUnavailable: exactly-once, and the ends that maps are compared with are not known: what a map says is
+                finished must not be answered twice, so the partitions wait.
+        """
         ends: dict[Partition, int] = {}
         with_map = [partition for partition, commit in commits.items() if commit.metadata]
         if with_map:
-            with suppress(ClusterUnavailable):  # a partition without leader must not hold the others up
+            try:
                 ends = await cluster.offsets(with_map, LATEST)
+            except ClusterUnavailable:
+                if self._transactions is not None:
+                    raise
+                # Else a partition without leader must not hold the others up.
         starts: dict[TopicPartition, StartPoint] = {}
         for partition, commit in commits.items():
             end = ends.get(partition)

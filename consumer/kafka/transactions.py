@@ -14,8 +14,9 @@ started *before* the committed offset is read (hazard H22).
    was frozen would otherwise fence the rightful owner, and write its own stale responses. And again once it has
    started, as it could have been expelled in between: who is a member *then* knows that a later owner will fence it.
    No member: the partition is *lost*, and what was not committed goes nowhere.
-5. With the new producer, the committed offset tells whether a commit without an answer took effect after all. If so:
-   step 3, else step 2 again with the same records.
+5. With the new producer, the committed offset and map tell whether a commit without an answer took effect after all.
+   If so: step 3, else step 2 again with the same records. Where a broker takes no map, a transaction above a gap may
+   leave both as they were: then nobody can tell, and its records are written again rather than lost.
 
 A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction.
 An offset map that is refused for its size is left out, then and from then on (contract 3).
@@ -88,6 +89,11 @@ class _MapRefused(Exception):
 
 class Source(Protocol):
     """The assignment behind a writer."""
+
+    committed: int | None
+    """The group's offset as last committed or found; None where there is none."""
+    committed_map: str
+    """The metadata beside it."""
 
     def settle(self, offsets: Sequence[int]) -> tuple[int, str]:
         """Count *offsets* as finished; return the offset and map that may be committed with their responses."""
@@ -329,7 +335,7 @@ class TransactionWriter:
                 continue
             except (KafkaError, OSError, TimeoutError) as error:
                 await self._replace(error)
-                if await self._took_effect(offset, metadata):
+                if await self._took_effect(source, offset, metadata):
                     break
                 continue
             break
@@ -419,8 +425,13 @@ class TransactionWriter:
                 self._failures += 1
                 log.warning("transactional producer cannot start", **self._where(), error=repr(failure))
 
-    async def _took_effect(self, offset: int, metadata: str) -> bool:
-        """Tell whether a commit without an answer is in the group's offsets; asked until there is an answer."""
+    async def _took_effect(self, source: Source, offset: int, metadata: str) -> bool:
+        """Tell whether a commit without an answer is in the group's offsets; asked until there is an answer.
+
+        False where it would have changed nothing there.
+        """
+        if (offset, metadata) == (source.committed, source.committed_map):
+            return False
         while True:
             with suppress(ClusterUnavailable, ClusterRefusal):
                 return await self._committed() == (offset, metadata)

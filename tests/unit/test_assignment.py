@@ -837,6 +837,22 @@ class TestOrdering:
         assert decode(assignment.offset_map, committed_offset=4, cluster_id="cluster", end=None).finished == ((5, 5),)
 
 
+    async def test_the_map_of_a_transaction_leaves_nothing_out(self, make: MakeWorkplace) -> None:
+        """I2: what it carries is answered for good; whoever owns the partition next must not answer it again."""
+        storage = GatedStorage("object-0")
+        storage.failures["same"] = lambda: BackendError("full")
+        place = make(storage)
+        assignment = place.assign()
+        assignment.receive([fetched("insert", 0, "object-0"), fetched("insert", 1, "same"), fetched("head", 2)])
+        await until(lambda: len(place.responses.appended) == 2)
+
+        offset, offset_map = assignment.settle([1, 1, 2])
+
+        assert decode(offset_map, committed_offset=offset, cluster_id="cluster", end=None).finished == ((1, 2),)
+        assert offset == 0
+        storage.let_go("object-0")
+
+
 class TestBytes:
     """The byte budget: charged once, given back once, whatever happens. The fixture checks that nothing is left."""
 

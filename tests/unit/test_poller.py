@@ -1785,6 +1785,24 @@ class TestExactlyOnce:
         rig.cluster.members = frozenset({"another"})
         assert await is_member() is False
 
+    async def test_partitions_wait_until_their_offset_maps_can_be_judged(self, make: MakeRig) -> None:
+        """I2: without its map, what is finished above the offset would be answered twice."""
+        transactions = TransactionsDouble()
+        rig = make(transactions=transactions)
+        rig.consumer.committed[FIRST] = OffsetAndMetadata(1, encode(1, [(2, 3)], "cluster"))
+        rig.consumer.write(*FIRST, *inserts(0, 5))
+        rig.cluster.ends_unknown = True
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST)
+        await until(lambda: rig.cluster.asked > 3)
+        assert "begin 0" not in transactions.events
+
+        rig.cluster.ends_unknown = False
+        lane = transactions.writers[FIRST].lane
+        await until(lambda: len(lane.appended) == 2)
+        assert lane.tokens == [1, 4]
+        assert not rig.place.counts.offset_maps_dropped
+
     async def test_what_the_group_has_committed_can_be_asked(self, make: MakeRig) -> None:
         """H23: after a commit without answer, offset and map tell whether it took effect."""
         transactions = TransactionsDouble()

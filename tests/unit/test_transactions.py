@@ -169,7 +169,11 @@ class Assigned:
         self.finished: set[int] = set()
         self.acknowledged_tokens: list[int] = []
         self.refused_tokens: list[int] = []
-        self.committed: list[tuple[int, str, bool]] = []
+        self.committed: int | None = None
+        self.committed_map = ""
+        self.maps_left_out = 0
+        self.stuck: int | None = None
+        """The offset of a record that does not end."""
         self.offset_map = ""
         self.lost = False
         self.instead: Callable[[int], None] = lambda _: None
@@ -177,10 +181,11 @@ class Assigned:
 
     def settle(self, offsets: Sequence[int]) -> tuple[int, str]:
         self.finished.update(offsets)
-        return max(self.finished, default=-1) + 1, self.offset_map
+        return max(self.finished, default=-1) + 1 if self.stuck is None else self.stuck, self.offset_map
 
     def transaction_committed(self, offset: int, metadata: str, *, map_left_out: bool) -> None:
-        self.committed.append((offset, metadata, map_left_out))
+        self.committed, self.committed_map = offset, metadata
+        self.maps_left_out += map_left_out
 
     def lose(self) -> None:
         self.lost = True
@@ -255,7 +260,8 @@ async def test_what_gathers_is_one_transaction_with_its_offset(rig: Rig) -> None
     assert rig.log.transactions == [12]
     assert rig.values() == [*(b"%d" % token for token in range(10)), b"answer"]
     assert rig.values(DEAD) == [b"letter"]
-    assert (rig.log.committed, rig.assigned.committed) == ((11, "map"), [(11, "map", False)])
+    assert rig.log.committed == (rig.assigned.committed, rig.assigned.committed_map) == (11, "map")
+    assert rig.assigned.maps_left_out == 0
 
 
 async def test_an_offset_alone_is_committed_where_it_is_wanted(rig: Rig) -> None:
@@ -353,6 +359,22 @@ async def test_whether_a_commit_took_effect_is_asked_until_there_is_an_answer(ri
     assert not rig.log.failures["question"]
 
 
+async def test_a_commit_that_would_have_changed_nothing_is_written_again(rig: Rig) -> None:
+    """Contract 3: above a gap, where the map is refused, the offset tells nothing: repeating loses nothing."""
+    rig.log.metadata_max = 0
+    rig.assigned.stuck = 0
+    rig.assigned.committed = 0
+    rig.log.committed = (0, "")
+    rig.limit.refused(1)
+    rig.assigned.offset_map = "map"
+    rig.log.fail("commit", TimeoutError())
+    rig.append(1, b"1")
+    await rig.begun()
+
+    await rig.acknowledged(1)
+    assert rig.values() == [b"1"]
+
+
 async def test_who_is_no_member_any_more_starts_no_producer(rig: Rig) -> None:
     """H21: it would fence the rightful owner, and write stale responses."""
     rig.log.fail("commit", ProducerFenced())
@@ -420,7 +442,7 @@ async def test_a_map_that_is_too_large_is_left_out_then_and_from_then_on(rig: Ri
     await rig.acknowledged(0, 1)
 
     assert rig.values() == [b"0", b"1"]
-    assert rig.assigned.committed == [(1, "", True), (2, "", True)]
+    assert (rig.assigned.committed, rig.assigned.committed_map, rig.assigned.maps_left_out) == (2, "", 2)
     assert len(rig.log.producers) == 2, "one refusal, one new producer"
     assert rig.limit.fitting("m" * 51) == ""
 
