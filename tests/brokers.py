@@ -140,11 +140,19 @@ class Broker:
 
     def alter_topic(self, topic: str, **config: str | int) -> None:
         """Change settings of a topic, given as to `create_topic`."""
+        self._alter(ConfigResource.Type.TOPIC, topic, config)
+
+    def alter_brokers(self, **config: str | int) -> None:
+        """Change settings that all brokers take while they run, written as those of topics."""
+        for broker in self.admin.list_topics(timeout=ADMIN_SECONDS).brokers:
+            self._alter(ConfigResource.Type.BROKER, str(broker), config)
+
+    def _alter(self, kind: ConfigResource.Type, name: str, config: Mapping[str, str | int]) -> None:
         entries = [
             ConfigEntry(key.replace("_", "."), str(value), incremental_operation=AlterConfigOpType.SET)
             for key, value in config.items()
         ]
-        resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+        resource = ConfigResource(kind, name, incremental_configs=entries)
         self._settle(self.admin.incremental_alter_configs([resource]))
 
     def delete_topic(self, topic: str) -> None:

@@ -2,13 +2,18 @@
 
 One :class:`TransactionWriter` per owned input partition, with a producer of its own whose ``transactional.id`` is
 ``GROUP/TOPIC/PARTITION``. Starting it fences whoever owned the partition before and ends what that left open, so it is
-started *before* the committed offset is read (hazard H22).
+started *before* the committed offset is read (hazard H22). Ended is what the broker *knows* to be open. Some forget:
+Apache Kafka 4.3 takes a partition without a leader, as after a restart, for a deleted one, and counts a transaction as
+complete without its marker there; its records then become visible with whatever the same producer commits next. So the
+first thing each producer does is to *sweep*: it aborts a transaction of its own that holds no record, on every partition
+it will write to. Its marker ends whatever is open there.
 
 1. What is appended gathers for the transaction interval, or until there is much of it.
 2. *One transaction*: begin; one batch after another for each output partition; every batch's future is awaited, because
    a transaction commits although its sends have failed (H20); the offset and map that hold once these responses are
    written; commit.
-3. Committed: owners hear that their records are acknowledged.
+3. Committed: owners hear that their records are acknowledged. A commit that took long, as where a broker has come back
+   meanwhile, is first looked up in the group's offsets: it may be one of those without markers.
 4. *Anything else* (refused, fenced, no answer in time): the producer is thrown away, which ends its transaction. Before
    a new one is started the group is asked whether this process is still a member: a member that was expelled while it
    was frozen would otherwise fence the rightful owner, and write its own stale responses. And again once it has
@@ -68,6 +73,12 @@ STEP_TIMEOUT_SECONDS = 20.0
 """One whole transaction, or one start of a producer. A step that takes longer than the broker's own time-out may have
 any outcome, and the producer is not to be used any more (H23)."""
 
+SLOW_COMMIT_SECONDS = 1.0
+"""A commit takes milliseconds; one that takes longer has met a broker that was away, and is looked up."""
+
+VISIBLE_SECONDS = 5.0
+"""How long a commit that was answered may take to be seen: its markers are written after the answer."""
+
 log = get_logger(__name__)
 
 
@@ -81,6 +92,10 @@ class _Refused(Exception):
     def __init__(self, item: _Item) -> None:
         super().__init__(f"{len(item.value or b'')} bytes")
         self.item = item
+
+
+class _Unseen(Exception):
+    """A commit was answered, and is not in the group's offsets."""
 
 
 class _MapRefused(Exception):
@@ -167,8 +182,10 @@ class Transactions:
     ) -> TransactionWriter:
         """Make the unstarted writer of one input partition."""
         transactional_id = f"{self.group_id}/{partition.topic}/{partition.partition}"
+        targets = [make(partition.partition) for make in (self.output, self.dead_letters) if make is not None]
         return TransactionWriter(
             partition,
+            targets=targets,
             group_id=self.group_id,
             make_producer=lambda: self.make_producer(transactional_id),
             interval_seconds=self.interval_seconds,
@@ -189,6 +206,7 @@ class TransactionWriter:
 
     Args:
         partition: The input partition.
+        targets: The output partitions that are written to.
         group_id: The consumer group.
         make_producer: Makes an unstarted transactional producer.
         interval_seconds: How long responses gather.
@@ -202,6 +220,7 @@ class TransactionWriter:
         self,
         partition: TopicPartition,
         *,
+        targets: Sequence[TopicPartition],
         group_id: str,
         make_producer: Callable[[], AIOKafkaProducer],
         interval_seconds: float,
@@ -211,6 +230,7 @@ class TransactionWriter:
         failed: Callable[[BaseException], None],
     ) -> None:
         self._partition = partition
+        self._targets = targets
         self._group_id = group_id
         self._make_producer = make_producer
         self._interval = interval_seconds
@@ -322,8 +342,11 @@ class TransactionWriter:
         while True:
             offset, offset_map = source.settle([item.token for item in items])
             metadata = self._map_size.fitting(offset_map)
+            began = time.monotonic()
             try:
                 await self._transact(items, offset, metadata)
+                if time.monotonic() - began >= SLOW_COMMIT_SECONDS:
+                    await self._look_up(source, offset, metadata)
             except _Refused as error:
                 await self._replace(error)
                 self._hand_back(items, error.item)
@@ -333,7 +356,7 @@ class TransactionWriter:
                     log.warning("broker refuses offset maps: committing without", characters=len(metadata))
                 await self._replace(error)
                 continue
-            except (KafkaError, OSError, TimeoutError) as error:
+            except (KafkaError, OSError, TimeoutError, _Unseen) as error:
                 await self._replace(error)
                 if await self._took_effect(source, offset, metadata):
                     break
@@ -425,6 +448,21 @@ class TransactionWriter:
                 self._failures += 1
                 log.warning("transactional producer cannot start", **self._where(), error=repr(failure))
 
+    async def _look_up(self, source: Source, offset: int, metadata: str) -> None:
+        """Wait until a commit that was answered is in the group's offsets.
+
+        Raises:
+            _Unseen: it is not.
+        """
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while (offset, metadata) != (source.committed, source.committed_map):
+            with suppress(ClusterUnavailable, ClusterRefusal):
+                if await self._committed() == (offset, metadata):
+                    return
+            if time.monotonic() >= deadline:
+                raise _Unseen(f"offset {offset} was committed and is not there")
+            await asyncio.sleep(BACKOFF_SECONDS[0])
+
     async def _took_effect(self, source: Source, offset: int, metadata: str) -> bool:
         """Tell whether a commit without an answer is in the group's offsets; asked until there is an answer.
 
@@ -442,10 +480,26 @@ class TransactionWriter:
         try:
             async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
                 await connect_client(producer)
+                await self._sweep(producer)
         except BaseException:
             await discard(producer, 0)
             raise
         return producer
+
+    async def _sweep(self, producer: AIOKafkaProducer) -> None:
+        """Abort a transaction without records on all partitions that are written to, that of the offsets included.
+
+        Raises:
+            KafkaError: it could not be aborted; the producer is done for.
+        """
+        sender, transactions = producer._sender, producer._txn_manager  # noqa: SLF001 - a test holds the release to them
+        await producer.begin_transaction()
+        nobody_waits_for_its_transaction(producer)
+        for target in self._targets:
+            transactions.maybe_add_partition_to_txn(target)
+        while not await sender._do_add_offsets_to_txn(self._group_id):  # noqa: SLF001 - above
+            pass  # it has waited, and the caller has a deadline
+        await producer.abort_transaction()
 
     async def _throw_away(self) -> None:
         """End the producer. Cancellation: it is still ours, and has to be thrown away again."""

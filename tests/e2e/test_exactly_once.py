@@ -6,13 +6,16 @@ of `test_chaos.py`.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
 
 import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
 
 from brokers import Broker
+from ledger import Reader
 from load import PARTITIONS, Load, ends
 from stages import SetStage
 
@@ -92,6 +95,45 @@ def test_a_member_that_was_frozen_beyond_its_session_writes_nothing_when_it_wake
     assert (verdict.missing, verdict.duplicated, verdict.mismatched) == ([], {}, []), verdict
     assert ledger.committed(stage.group) == ends(ledger)
     assert left > 0, "void: the member was frozen with nothing to do"
+
+
+@pytest.mark.slow
+def test_what_the_broker_has_forgotten_of_a_former_owner_is_never_seen(apache: Broker, set_stage: SetStage) -> None:
+    """I2: records of a transaction that its coordinator does not know, as a restart may leave them behind.
+
+    Whatever the same producer commits next would make them visible.
+    """
+    stage = set_stage(apache, partitions=PARTITIONS, delivery="exactly-once")
+    ledger = stage.ledger
+    apache.alter_brokers(transaction_partition_verification_enable="false")  # else nobody could write such a record
+    try:
+        asyncio.run(write_outside_of_any_transaction(apache, f"{stage.group}/{ledger.input}/0", ledger.output))
+    finally:
+        apache.alter_brokers(transaction_partition_verification_enable="true")
+    service = stage.start(partitions=PARTITIONS)
+    load = Load(ledger)
+    load.put(320)
+    ledger.flush()
+    ledger.wait_answered()
+    service.stop()
+
+    check_each_record_has_one_response(load, stage.group)
+    every = Reader(apache, ledger.output)
+    assert FORGOTTEN in {answer.value for answer in every.read_to_end()}, "void: nothing was left behind"
+    every.close()
+
+
+FORGOTTEN = b"of a transaction that nobody knows"
+
+
+async def write_outside_of_any_transaction(broker: Broker, transactional_id: str, topic: str) -> None:
+    """Write a record of a transaction to partition 0 without telling the coordinator."""
+    producer = AIOKafkaProducer(bootstrap_servers=broker.bootstrap, transactional_id=transactional_id)
+    await producer.start()
+    await producer.begin_transaction()
+    producer._txn_manager._txn_partitions.add(TopicPartition(topic, 0))
+    await producer.send_and_wait(topic, FORGOTTEN, partition=0)
+    await producer.stop()
 
 
 @pytest.mark.slow

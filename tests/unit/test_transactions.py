@@ -56,6 +56,13 @@ class Log:
         """By step: what the next ones raise."""
         self.commit_answers_lost = 0
         """So many commits take effect, and fail."""
+        self.markers_lost = 0
+        """So many commits are answered, after a while, and take no effect: their records are committed by the next one."""
+        self.forgotten: list[tuple[TopicPartition, bytes | None]] = []
+        """Records of theirs."""
+        self.coordinator_answers = True
+        self.now = 0.0
+        """Seconds on the writer's clock."""
         self.metadata_max = 4096
         self.value_max = 1000
         self.member = True
@@ -77,6 +84,15 @@ class Log:
         """Make a producer; it fences the one before."""
         self.producers.append(ProducerDouble(self))
         return self.producers[-1]
+
+    def monotonic(self) -> float:
+        """The writer's clock, which goes by itself only where it is looked at."""
+        self.now += 0.01
+        return self.now
+
+    def time_ns(self) -> int:
+        """The time of records."""
+        return 0
 
     async def is_member(self) -> bool:
         self.step("question")
@@ -111,8 +127,12 @@ class ProducerDouble:
         self.open: list[tuple[TopicPartition, bytes | None]] = []
         self.offsets: OffsetAndMetadata | None = None
         self.stopped = False
-        self._sender = SimpleNamespace(sender_task=None)
-        self._txn_manager = None
+        self.swept: set[TopicPartition | str] = set()
+        """Where the transaction under way will have its marker."""
+        self._sender = SimpleNamespace(sender_task=None, _do_add_offsets_to_txn=self._add_offsets)
+        self._txn_manager = SimpleNamespace(
+            _pid_waiter=None, _transaction_waiter=None, maybe_add_partition_to_txn=self.swept.add
+        )
         self._message_accumulator = SimpleNamespace(_pending_batches=set(), _batches={})
         self.client = SimpleNamespace(close=self._closed)
 
@@ -128,6 +148,19 @@ class ProducerDouble:
     async def begin_transaction(self) -> None:
         assert not self.stopped
         self.open.clear()
+
+    async def _add_offsets(self, group: str) -> bool:
+        """The client's own: False where it is to be asked again."""
+        self.log.step("sweep")
+        self.log.coordinator_answers = not self.log.coordinator_answers
+        if self.log.coordinator_answers:
+            self.swept.add(group)
+        return self.log.coordinator_answers
+
+    async def abort_transaction(self) -> None:
+        assert self.swept == {OUTPUT, DEAD, "group"}
+        self.swept.clear()
+        self.log.forgotten.clear()
 
     def create_batch(self) -> Batch:
         return Batch()
@@ -154,7 +187,13 @@ class ProducerDouble:
     async def commit_transaction(self) -> None:
         self.log.step("commit")
         assert self.offsets is not None
-        self.log.records.extend(self.open)
+        if self.log.markers_lost:
+            self.log.markers_lost -= 1
+            self.log.forgotten.extend(self.open)
+            self.log.now += 60
+            return
+        self.log.records.extend([*self.log.forgotten, *self.open])
+        self.log.forgotten.clear()
         self.log.transactions.append(len(self.open))
         self.log.committed = (self.offsets.offset, self.offsets.metadata)
         if self.log.commit_answers_lost:
@@ -208,6 +247,7 @@ class Rig:
         self.limit = SizeLimit()
         self.writer = TransactionWriter(
             INPUT,
+            targets=[OUTPUT, DEAD],
             group_id="group",
             make_producer=self.log.make,  # type: ignore[arg-type]  # a double
             interval_seconds=0.0,
@@ -242,6 +282,7 @@ async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
     """A writer that has not started; it is stopped at the end, and has not failed by itself."""
     monkeypatch.setattr(transactions_module, "BACKOFF_SECONDS", (0.0,))
     rig = Rig()
+    monkeypatch.setattr(transactions_module, "time", rig.log)
     yield rig
     await rig.writer.stop()
     assert rig.failures == []
@@ -357,6 +398,49 @@ async def test_whether_a_commit_took_effect_is_asked_until_there_is_an_answer(ri
     await rig.acknowledged(0)
     assert rig.values() == [b"0"]
     assert not rig.log.failures["question"]
+
+
+async def test_a_new_producer_ends_what_a_broker_has_forgotten_before_anything_else(rig: Rig) -> None:
+    """I2: else it would become visible with the first thing that is committed."""
+    rig.log.forgotten = [(OUTPUT, b"forgotten")]
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await rig.acknowledged(0)
+    assert rig.values() == [b"0"]
+
+
+async def test_a_producer_that_cannot_sweep_is_replaced(rig: Rig) -> None:
+    rig.log.forgotten = [(OUTPUT, b"forgotten")]
+    rig.log.fail("sweep", ProducerFenced())
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await rig.acknowledged(0)
+    assert rig.values() == [b"0"]
+    assert [producer.stopped for producer in rig.log.producers] == [True, False]
+
+
+async def test_a_commit_that_a_broker_has_answered_and_forgotten_is_written_again(rig: Rig) -> None:
+    """I1: the next transaction that is aborted would take its records with it."""
+    rig.log.markers_lost = 1
+    rig.append(0, b"0")
+    await rig.begun()
+    await rig.acknowledged(0)
+    assert rig.values() == [b"0"]
+    assert len(rig.log.producers) == 2
+
+
+async def test_a_slow_commit_that_is_there_is_left_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked up, be it for a while."""
+    monkeypatch.setattr(transactions_module, "SLOW_COMMIT_SECONDS", 0.0)
+    rig.log.fail("question", ClusterUnavailable("away"))
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await rig.acknowledged(0)
+    assert rig.values() == [b"0"]
+    assert (len(rig.log.producers), len(rig.log.failures["question"])) == (1, 0)
 
 
 async def test_a_commit_that_would_have_changed_nothing_is_written_again(rig: Rig) -> None:
