@@ -147,7 +147,7 @@ class Broker:
         for broker in self.admin.list_topics(timeout=ADMIN_SECONDS).brokers:
             self._alter(ConfigResource.Type.BROKER, str(broker), config)
 
-    def _alter(self, kind: ConfigResource.Type, name: str, config: Mapping[str, str | int]) -> None:
+    def _alter(self, kind: Any, name: str, config: Mapping[str, str | int]) -> None:
         entries = [
             ConfigEntry(key.replace("_", "."), str(value), incremental_operation=AlterConfigOpType.SET)
             for key, value in config.items()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -234,6 +234,8 @@ class Ledger:
                 "log_level": 0,
             }
         )
+        self._unplaced: list[tuple[int, bytes | None, Callable[[int, int], None]]] = []
+        """Acknowledged, nobody knows where: partition, value, and what enters it."""
         self._output = Reader(self.broker, self.output, isolation=self.isolation)
         self._dead_letter = Reader(self.broker, self.dead_letter, isolation=self.isolation)
         self.partition_count = len(self.broker.admin.list_topics(self.input, timeout=20).topics[self.input].partitions)
@@ -273,23 +275,30 @@ class Ledger:
         """
         sent: list[Entry] = []
 
-        def acknowledged(error: KafkaError | None, record: Message) -> None:
-            if error is not None:
-                raise KafkaException(error)
+        def enter(offset: int, timestamp: int) -> None:
             entry = Entry(
                 self.input,
                 partition,
-                record.offset() or 0,
+                offset,
                 key,
                 value,
                 list(headers),
                 request_id,
                 kind,
                 frozenset(statuses),
-                record.timestamp()[1],
+                timestamp,
             )
             self.entries[entry.id] = entry
             sent.append(entry)
+
+        def acknowledged(error: KafkaError | None, record: Message) -> None:
+            if error is not None:
+                raise KafkaException(error)
+            offset = record.offset()
+            if offset is None:  # written before the broker went away, which does not tell where
+                self._unplaced.append((partition, value, enter))
+            else:
+                enter(offset, record.timestamp()[1])
 
         while True:
             try:
@@ -339,6 +348,21 @@ class Ledger:
     def flush(self, seconds: float = 60) -> None:
         """Wait until the broker has acknowledged everything sent."""
         assert self._producer.flush(seconds) == 0, "the broker did not acknowledge the input"
+        if self._unplaced:
+            self._find_places()
+
+    def _find_places(self) -> None:
+        """Enter what was acknowledged without an offset where it is found in the input."""
+        reader = Reader(self.broker, self.input)
+        places: dict[tuple[int, bytes | None], list[Answer]] = defaultdict(list)
+        for record in reader.read_to_end():
+            if f"{self.input}/{record.partition}/{record.offset}" not in self.entries:
+                places[record.partition, record.value].append(record)
+        reader.close()
+        while self._unplaced:
+            partition, value, enter = self._unplaced.pop(0)
+            found = places[partition, value].pop(0)
+            enter(found.offset, found.timestamp)
 
     # ------------------------------------------------------------------------------------------------ out
 

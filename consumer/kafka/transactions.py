@@ -4,9 +4,9 @@ One :class:`TransactionWriter` per owned input partition, with a producer of its
 ``GROUP/TOPIC/PARTITION``. Starting it fences whoever owned the partition before and ends what that left open, so it is
 started *before* the committed offset is read (hazard H22). Ended is what the broker *knows* to be open. Some forget:
 Apache Kafka 4.3 takes a partition without a leader, as after a restart, for a deleted one, and counts a transaction as
-complete without its marker there; its records then become visible with whatever the same producer commits next. So the
-first thing each producer does is to *sweep*: it aborts a transaction of its own that holds no record, on every partition
-it will write to. Its marker ends whatever is open there.
+complete without its marker there; its records then become visible with whatever the same producer commits next. So each
+producer begins with a *sweep*: it aborts a transaction of its own that holds no record, on all partitions it will write
+to. The marker ends whatever is open there.
 
 1. What is appended gathers for the transaction interval, or until there is much of it.
 2. *One transaction*: begin; one batch after another for each output partition; every batch's future is awaited, because

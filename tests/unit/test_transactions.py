@@ -57,7 +57,7 @@ class Log:
         self.commit_answers_lost = 0
         """So many commits take effect, and fail."""
         self.markers_lost = 0
-        """So many commits are answered, after a while, and take no effect: their records are committed by the next one."""
+        """So many commits are answered, late, and take no effect; their records become part of the next one."""
         self.forgotten: list[tuple[TopicPartition, bytes | None]] = []
         """Records of theirs."""
         self.coordinator_answers = True
@@ -411,6 +411,7 @@ async def test_a_new_producer_ends_what_a_broker_has_forgotten_before_anything_e
 
 
 async def test_a_producer_that_cannot_sweep_is_replaced(rig: Rig) -> None:
+    """What it may have left open is ended by the next one."""
     rig.log.forgotten = [(OUTPUT, b"forgotten")]
     rig.log.fail("sweep", ProducerFenced())
     rig.append(0, b"0")

@@ -1,0 +1,42 @@
+"""What the client is told when a connection has ended beneath it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import uvloop
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.errors import KafkaConnectionError
+from aiokafka.protocol.metadata import MetadataRequest
+
+from consumer.kafka import clients
+
+
+async def ended_connection() -> AIOKafkaConnection:
+    """A connection whose transport is closed, which the client has not noticed yet."""
+    server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    _, writer = await asyncio.open_connection(host, port)
+    writer.transport.abort()
+    await asyncio.sleep(0.01)
+    server.close()
+    connection = AIOKafkaConnection(host, port)
+    connection._writer = writer
+    connection._versions = {MetadataRequest.API_KEY: (0, 5)}
+    return connection
+
+
+def test_a_connection_that_has_ended_is_a_broken_connection_whatever_the_loop_says() -> None:
+    """Contract 11: an outage of the brokers ends nothing; of a RuntimeError the client's own tasks would die."""
+
+    async def scenario() -> None:
+        with pytest.raises(RuntimeError):
+            clients._send(await ended_connection(), MetadataRequest([]))
+        connection = await ended_connection()
+        with pytest.raises(KafkaConnectionError):
+            connection.send(MetadataRequest([]))
+        assert not connection.connected()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario())
