@@ -42,7 +42,7 @@ from typing import Any, Final
 import consumer
 from consumer.admin import AdminServer
 from consumer.config import Config
-from consumer.exits import CLEAN, STOP_MARGIN_SECONDS, USAGE
+from consumer.exits import CLEAN, FATAL, STOP_MARGIN_SECONDS, USAGE
 from consumer.log import LastErrors, get_logger
 from consumer.metrics import Collected, Counts, PlainFamily, families_of, new_registry, plain, register_process
 from consumer.processes.channel import METRICS, PULSE, READINESS, STATE, Asking, NoAnswer
@@ -179,7 +179,7 @@ class Supervisor:
                 case Start(number):
                     life = asyncio.create_task(self._live(number), name=f"process {number}")
                     self._lives.add(life)
-                    life.add_done_callback(self._lives.discard)
+                    life.add_done_callback(self._task_ended)
                 case AskToStop(number):
                     if (child := self._children.get(number)) is not None:
                         child.asking.stop()
@@ -202,6 +202,13 @@ class Supervisor:
         if due is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_at(loop.time() + max(0.0, due - time.monotonic()), self._tick)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        """A task that does something about a process is over; one that failed would leave its process to itself."""
+        self._lives.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("fatal: a restart is right", exc_info=error)
+            self._do([End(FATAL, at_once=True)])
 
     def _tick(self) -> None:
         self._do(self._decisions.tick(time.monotonic()))
@@ -228,6 +235,7 @@ class Supervisor:
         if self._decisions.stopping():  # while it was being started
             child.asking.stop()
         pulse = asyncio.create_task(self._feel_pulse(child), name=f"pulse of process {number}")
+        pulse.add_done_callback(self._task_ended)
         code = await child.process.wait()
         pulse.cancel()
         await asyncio.wait([pulse])

@@ -263,6 +263,35 @@ class TestEnds:
         async with asyncio.timeout(WAIT_SECONDS):
             assert await task == 0
 
+    @pytest.mark.parametrize("where", ["start", "pulse"])
+    async def test_a_defect_here_is_an_end_and_no_process_left_to_itself(
+        self, exits: list[int], caplog: pytest.LogCaptureFixture, where: str
+    ) -> None:
+        """Its processes end with it; whoever started it starts it again."""
+
+        class Defective(Supervised):
+            async def _start(self, run: Run) -> Any:
+                child = await super()._start(run)
+                if where == "start":
+                    raise ZeroDivisionError
+                child.asking.answer = lambda _: "nonsense"
+                return child
+
+        supervised = Defective(processes=1)
+        task = asyncio.create_task(supervised.run())
+        await until(lambda: bool(exits))
+        if where == "pulse":
+            supervised._signalled(signal.SIGTERM)
+            async with asyncio.timeout(WAIT_SECONDS):
+                await task
+        else:
+            task.cancel()
+            await asyncio.wait([task])
+
+        assert exits == [3]
+        (error,) = filter(None, map(unexpected, caplog.records))
+        assert type(error) is (ZeroDivisionError if where == "start" else TypeError)
+
     async def test_the_gravest_end_is_the_exit_code(self) -> None:
         supervised = Supervised()
         task = asyncio.create_task(supervised.run())
