@@ -238,3 +238,7 @@ def test_the_workflows_do_what_is_said_of_them() -> None:
         part in tested for part in (".ci/run", "docker build", "docs/compose.yaml up", "--read-only", "/healthz")
     )
     assert {"actions/attest-build-provenance", "actions/attest-sbom", "make sbom", ".ci/run"} <= set(released)
+    for described in (ci, release):
+        (at,) = [place for place, step in enumerate(steps(described)) if step.get("run") == ".ci/run"]
+        assert "prometheus" in steps(described)[at - 1]["run"]
+        assert steps(described)[at]["env"] == {"TIERSTREAM_REQUIRE_PROMETHEUS": "1"}
