@@ -20,8 +20,10 @@ to. The marker ends whatever is open there.
    started, as it could have been expelled in between: who is a member *then* knows that a later owner will fence it.
    No member: the partition is *lost*, and what was not committed goes nowhere.
 5. With the new producer, the committed offset and map tell whether a commit without an answer took effect after all.
-   If so: step 3, else step 2 again with the same records. Where a broker takes no map, a transaction above a gap may
-   leave both as they were: then nobody can tell, and its records are written again rather than lost.
+   If so: step 3, else step 2 again with the same records. If they are not those of the commit before either, a broker
+   has forgotten that one and what it carried: the process ends, and its successor runs it again. Where a broker takes
+   no map, a transaction above a gap may leave both as they were: then nobody can tell, and its records are written
+   again rather than lost.
 
 A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction.
 An offset map that is refused for its size is left out, then and from then on (contract 3).
@@ -92,6 +94,10 @@ class _Refused(Exception):
     def __init__(self, item: _Item) -> None:
         super().__init__(f"{len(item.value or b'')} bytes")
         self.item = item
+
+
+class CommitForgotten(Exception):
+    """The group's offsets are not those last committed: what was answered has to run again, after a restart."""
 
 
 class _Unseen(Exception):
@@ -467,12 +473,19 @@ class TransactionWriter:
         """Tell whether a commit without an answer is in the group's offsets; asked until there is an answer.
 
         False where it would have changed nothing there.
+
+        Raises:
+            CommitForgotten: nor is what was committed before it.
         """
-        if (offset, metadata) == (source.committed, source.committed_map):
+        before = (source.committed, source.committed_map)
+        if (offset, metadata) == before:
             return False
         while True:
             with suppress(ClusterUnavailable, ClusterRefusal):
-                return await self._committed() == (offset, metadata)
+                found = await self._committed() or (None, "")
+                if found not in {before, (offset, metadata)} and await self._is_member():
+                    raise CommitForgotten(f"{self._partition}: committed were {before}, and there are {found}")
+                return found == (offset, metadata)
             await self._back_off()
 
     async def _started(self) -> AIOKafkaProducer:

@@ -24,7 +24,7 @@ from aiokafka.structs import OffsetAndMetadata
 from consumer.assignment import Owner
 from consumer.kafka import transactions as transactions_module
 from consumer.kafka.topics import ClusterUnavailable
-from consumer.kafka.transactions import TransactionWriter
+from consumer.kafka.transactions import CommitForgotten, TransactionWriter
 from consumer.offset_map import SizeLimit
 from gates import settled
 from lanes import until
@@ -430,6 +430,21 @@ async def test_a_commit_that_a_broker_has_answered_and_forgotten_is_written_agai
     await rig.acknowledged(0)
     assert rig.values() == [b"0"]
     assert len(rig.log.producers) == 2
+
+
+async def test_a_commit_that_turns_out_to_be_forgotten_ends_the_process(rig: Rig) -> None:
+    """I1: its records were answered to nobody; who starts anew begins with them."""
+    rig.append(0, b"0")
+    await rig.begun()
+    await rig.acknowledged(0)
+
+    rig.log.committed = None
+    rig.log.fail("commit", ProducerFenced())
+    rig.append(1, b"1")
+
+    await until(lambda: bool(rig.failures))
+    assert isinstance(rig.failures.pop(), CommitForgotten)
+    assert rig.assigned.acknowledged_tokens == [0]
 
 
 async def test_a_slow_commit_that_is_there_is_left_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
