@@ -158,4 +158,6 @@ def _failed(cache: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
+        sys.exit("usage: side_by_side.py LANES [ARGUMENTS OF PYTEST], with LANES 1 or more")
     sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

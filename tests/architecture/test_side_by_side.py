@@ -160,3 +160,13 @@ def test_arguments_choose_as_they_do_for_pytest(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stdout
     assert "==> 2 of 2 modules run" in done.stdout
+
+
+@pytest.mark.parametrize("lanes", [[], ["0"], ["two"]])
+def test_how_many_lanes_has_to_be_said(tmp_path: Path, lanes: list[str]) -> None:
+    """In words, not by a trace."""
+    command = [sys.executable, str(PROGRAM), *lanes]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("usage: ")
