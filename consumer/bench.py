@@ -353,6 +353,7 @@ async def _timed(
     await watcher.start()
     ends = [TopicPartition(output, partition) for partition in range(partitions)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TIERSTREAM_")}
+    environment["TMPDIR"] = str(log.parent)  # the notes of a group that will never be there again
     with log.open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(
             *command, stderr=stderr, env=environment, preexec_fn=dies_with(os.getpid())

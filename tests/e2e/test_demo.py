@@ -91,8 +91,14 @@ def start_demo(tmp_path: Path) -> Iterator[Callable[..., RunningDemo]]:
 @pytest.mark.timeout(120)
 def test_the_demo_checks_every_response_and_says_so(source: Path, tmp_path: Path) -> None:
     """Contract 7: a report that has checked itself; exit 0 only if nothing is missing or wrong; nothing left behind."""
-    before = set(Path("/tmp").glob("tierstream-demo-*"))
-    done = command_line("demo", "--no-wait", "--json", "--source", str(source), cwd=tmp_path, seconds=110)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    done = command_line(
+        *("demo", "--no-wait", "--json", "--source", str(source)),
+        cwd=tmp_path,
+        environment={"TMPDIR": str(temporary)},
+        seconds=110,
+    )
 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -105,7 +111,7 @@ def test_the_demo_checks_every_response_and_says_so(source: Path, tmp_path: Path
     assert report["bytes_stored"]["long_term"] > 6 * 1024 * 1024
     assert len(report["windows"]) == 6
     assert "left out: 2 files" in done.stderr
-    assert set(Path("/tmp").glob("tierstream-demo-*")) <= before
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.process
