@@ -289,8 +289,9 @@ class TestEnds:
             await asyncio.wait([task])
 
         assert exits == [3]
-        (error,) = filter(None, map(unexpected, caplog.records))
-        assert type(error) is (ZeroDivisionError if where == "start" else TypeError)
+        own = [record for record in caplog.records if record.name == subject.__name__]
+        reported = [type(error) for record in own if (error := unexpected(record))]
+        assert reported == [ZeroDivisionError if where == "start" else TypeError]
 
     async def test_the_gravest_end_is_the_exit_code(self) -> None:
         supervised = Supervised()
