@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import threading
 import time
@@ -51,8 +52,8 @@ PANELS_KEY = b"Panels"
 def main() -> None:
     """Run, look, write."""
     executable = chromium()
-    if executable is None:
-        sys.exit("hint: apt install chromium")
+    if executable is None or shutil.which("prometheus") is None:
+        sys.exit("hint: apt install chromium prometheus")
     with TemporaryDirectory() as name, noida_broker(Path(name)) as broker:
         folder = Path(name)
         config = settings(
