@@ -30,7 +30,7 @@ TEST_ARGS ?=
 LANES ?= 1
 UV ?= uv
 
-.PHONY: help demo test lint bench bench-peers bench-storage soak sbom docs picture clean lock
+.PHONY: help demo test lint bench bench-peers bench-storage bench-growth soak sbom docs picture clean lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,10 @@ bench-peers: $(VENV)/.dev-ready ## compare with other Kafka consumers, given the
 bench-storage: $(VENV)/.dev-ready ## what storage takes, beside a bare loop over the same client: BENCH_ARGS=sqlite, bigtable or gcs
 	@echo "==> measuring storage"
 	PYTHONPATH=tests $(PY) tests/storage_bench.py $(BENCH_ARGS)
+
+bench-growth: $(VENV)/.dev-ready ## how cost grows with partitions, window, payload, distance, processes; latency at half load
+	@echo "==> measuring growth"
+	PYTHONPATH=tests $(PY) tests/growth_bench.py $(BENCH_ARGS)
 
 soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_OPERATIONS (10000000), SOAK_KILLS (500), SOAK_STORM_MINUTES, SOAK_MINUTES (20), SOAK_SEED
 	@echo "==> soaking: the storage's model, kills, a storm of rebalances, everything mixed"

@@ -27,9 +27,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -396,14 +397,26 @@ def _tail(log: Path) -> str:
     return log.read_text()[-2000:]
 
 
+def _family(pid: int) -> list[int]:
+    """Return a process and the ones it has started: a service may be several."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *[one for child in children for one in _family(int(child))]]
+
+
 def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ticks = 0
+    for one in _family(pid):
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _peak_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    peak = 0.0
+    for one in _family(pid):
+        status = Path(f"/proc/{one}/status").read_text()
+        peak += next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return peak
 
 
 # --------------------------------------------------------------------------------------------- the bare loop
@@ -487,15 +500,16 @@ async def time_stages(payload_bytes: int) -> dict[str, float]:
     decoded = [decoder.decode(value, ()) for value in values]
     operations: list[Operation] = [one.operation for one in decoded if one.operation is not None]
 
-    async def inputs(number: int) -> AsyncIterator[tuple[int, Operation | Exception]]:
-        for item in enumerate(operations[:number]):
-            yield item
+    async def over() -> bool:
+        return False
 
     async def execute(service: StorageService, number: int) -> tuple[float, list[Outcome]]:
         gc.collect()
+        outcomes: list[Outcome] = []
+        items = enumerate(operations[:number])
         began = time.process_time()
         async with service.stream(ordering="key") as executor:
-            outcomes = [item async for item in executor.execute(inputs(number))]
+            await executor.serve(partial(next, items, None), over, lambda *outcome: outcomes.append(outcome))
         return (time.process_time() - began) / number * 1e6, outcomes
 
     costs: dict[str, float] = {}

@@ -1,7 +1,8 @@
 """What storage takes, through the service's executor, beside a bare loop over the same client: ``make bench-storage``.
 
 1. For each kind of storage, in turns and ``BENCH_ROUNDS`` times (3): first the *bare* loop, the least that does the
-   same work with the same client, then the service's own: ``StorageService.stream``, ordering by key, positions, tiers.
+   same work with the same client, then the service's own: ``StorageService.stream``, served as a partition is, ordering
+   by key, positions, tiers.
 2. Each writes ``BENCH_OPERATIONS`` objects of 1 KiB (GCS: a fiftieth of them, of 16 KiB) and reads them back.
    * *sqlite*, on the disk of ``BENCH_FOLDER`` (the temporary folder): bare = one thread, no event loop, a transaction
      of 400 rows with ``synchronous = FULL``, a query per row; ours = 8 streams with a window of 50 each.
@@ -26,8 +27,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,20 +114,26 @@ async def served(
         return Insert(CONTEXT, str(number), Metadata(), payload, position)
 
     async def run(stream: int, make: Callable[[int], Operation]) -> None:
-        async def records() -> AsyncIterator[tuple[int, Operation]]:
-            for number in range(stream, count, streams):
-                yield number, make(number)
-
+        records = ((number, make(number)) for number in range(stream, count, streams))
         async with service.stream(window=window, ordering="key") as executor:
-            async for _, outcome in executor.execute(records()):
-                if isinstance(outcome, Exception):
-                    raise outcome
+            await executor.serve(partial(next, records, None), _over, _take)
 
     for name, make in (("insert", insert), ("get", lambda number: Get(CONTEXT, str(number)))):
         began = now()
         await asyncio.gather(*(run(stream, make) for stream in range(streams)))
         timed(rates, f"{name}, service{label}", count, began)
     await tiers.join()
+
+
+async def _over() -> bool:
+    """Say that there is no more, where all has been at hand."""
+    return False
+
+
+def _take(_index: int, outcome: object) -> None:
+    """Take an outcome, which is to be a success."""
+    if isinstance(outcome, Exception):
+        raise outcome
 
 
 def bare_sqlite(rates: Rates, file: Path) -> None:
