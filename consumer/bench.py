@@ -126,16 +126,7 @@ class Report:
 
 
 class BenchFailure(TierstreamError):
-    """There is nothing to report.
-
-    Args:
-        message: What happened.
-        hint: What can be done about it.
-    """
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+    """There is nothing to report."""
 
 
 def _median(runs: list[Run], name: str) -> float:

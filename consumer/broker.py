@@ -40,16 +40,7 @@ RECORD_BYTES_MAX: Final = 1_000_000
 
 
 class BrokerFailure(TierstreamError):
-    """The embedded broker is not installed, did not start, or ended.
-
-    Args:
-        message: What happened.
-        hint: What can be done about it.
-    """
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+    """The embedded broker is not installed, did not start, or ended."""
 
 
 def program() -> Path:

@@ -53,14 +53,23 @@ DEAD_LETTER_CODES = POISON_CODES | {"panic", "backend_error"}
 
 
 class TierstreamError(Exception):
-    """Root of all errors; *message* is short, factual and safe to show: no path, no secret, no payload."""
+    """Root of all errors; *message* is short, factual and safe to show: no path, no secret, no payload.
+
+    Args:
+        message: What happened.
+        hint: What can be done about it; None = what its class says, which may be nothing.
+        code: None = that of its class.
+    """
 
     code: str = "backend_error"
+    hint: str | None = None
     retriable: bool = False
     log_level: ClassVar[int] = logging.ERROR
 
-    def __init__(self, message: str = "", *, code: str | None = None) -> None:
+    def __init__(self, message: str = "", hint: str | None = None, *, code: str | None = None) -> None:
         super().__init__(message)
+        if hint is not None:
+            self.hint = hint
         if code is not None:
             self.code = code
 

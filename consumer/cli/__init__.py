@@ -73,7 +73,7 @@ def main() -> None:
         complain(str(failure), failure.hint)
         sys.exit(failure.exit_code)
     except TierstreamError as error:
-        complain(str(error), getattr(error, "hint", None))
+        complain(str(error), error.hint)
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -69,7 +69,7 @@ async def _kafka(config: Config) -> AsyncIterator[Check]:
             for check in _permissions(config):
                 yield check
     except (ClusterUnavailable, ConfigError) as error:
-        yield Check("brokers", False, str(error), getattr(error, "hint", None))
+        yield Check("brokers", False, str(error), error.hint)
 
 
 async def _topics(cluster: Cluster, config: Config) -> AsyncIterator[Check]:

@@ -78,19 +78,10 @@ log = get_logger(__name__)
 
 
 class ClusterUnavailable(TierstreamError):
-    """The brokers cannot be reached, or did not answer in time; trying later may help.
-
-    Args:
-        message: What happened.
-        hint: What can be done about it.
-    """
+    """The brokers cannot be reached, or did not answer in time; trying later may help."""
 
     code = "backend_unavailable"
     retriable = True
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 class ClusterRefusal(TierstreamError):
