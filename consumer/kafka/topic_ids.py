@@ -99,7 +99,8 @@ class _MetadataRequest(RequestStruct):
 class TopicIdsRequest(Request[_MetadataRequest]):
     """Asks for the ids of topics, by name.
 
-    Preparing it for a broker that tells none raises ``NotImplementedError``.
+    Preparing it for a broker that tells none raises what the client raises for every version that a broker does not
+    speak: ``NotImplementedError``, which :meth:`consumer.kafka.topics.Cluster.topic_ids` takes for "no ids".
     """
 
     API_KEY = 3

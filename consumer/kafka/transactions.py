@@ -455,13 +455,15 @@ class TransactionWriter:
                 log.warning("transactional producer cannot start", **self._where(), error=repr(failure))
 
     async def _look_up(self, source: Source, offset: int, metadata: str) -> None:
-        """Wait until a commit that was answered is in the group's offsets.
+        """Wait until a commit that was answered is in the group's offsets; not where it changes nothing there.
 
         Raises:
             _Unseen: it is not.
         """
+        if (offset, metadata) == (source.committed, source.committed_map):
+            return
         deadline = time.monotonic() + VISIBLE_SECONDS
-        while (offset, metadata) != (source.committed, source.committed_map):
+        while True:
             with suppress(ClusterUnavailable, ClusterRefusal):
                 if await self._committed() == (offset, metadata):
                     return
