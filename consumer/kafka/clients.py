@@ -79,9 +79,12 @@ def send_or_say_closed(connection: AIOKafkaConnection, request: Any, expect_resp
 
     Raises:
         KafkaConnectionError: the connection is closed; the client makes another.
+        NotImplementedError: the broker does not speak the request's version; the connection is as good as before.
     """
     try:
         return _send(connection, request, expect_response)
+    except NotImplementedError:  # a RuntimeError too
+        raise
     except RuntimeError as error:
         connection.close(reason=CloseReason.CONNECTION_BROKEN)
         raise KafkaConnectionError(f"Connection at {connection.host}:{connection.port} closed: {error}") from error

@@ -11,6 +11,7 @@ from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.metadata import MetadataRequest
 
 from consumer.kafka import clients
+from consumer.kafka.topic_ids import TopicIdsRequest
 
 
 async def ended_connection() -> AIOKafkaConnection:
@@ -40,3 +41,19 @@ def test_a_connection_that_has_ended_is_a_broken_connection_whatever_the_loop_sa
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(scenario())
+
+
+async def test_a_version_that_the_broker_does_not_speak_is_told_as_such() -> None:
+    """Contract 5: brokers without topic ids are worked with, and their connections stay."""
+    server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    connection = AIOKafkaConnection(host, port)
+    _, connection._writer = await asyncio.open_connection(host, port)
+    connection._versions = {TopicIdsRequest.API_KEY: (0, 11)}
+
+    with pytest.raises(NotImplementedError):
+        connection.send(TopicIdsRequest(["operations"]))
+
+    assert connection._writer is not None
+    connection.close()
+    server.close()
