@@ -20,10 +20,10 @@ to. The marker ends whatever is open there.
    started, as it could have been expelled in between: who is a member *then* knows that a later owner will fence it.
    No member: the partition is *lost*, and what was not committed goes nowhere.
 5. With the new producer, the committed offset and map tell whether a commit without an answer took effect after all.
-   If so: step 3, else step 2 again with the same records. If they are not those of the commit before either, a broker
-   has forgotten that one and what it carried: the process ends, and its successor runs it again. Where a broker takes
-   no map, a transaction above a gap may leave both as they were: then nobody can tell, and its records are written
-   again rather than lost.
+   If so, the sweep commits what may be left of it instead of aborting that: step 3, else step 2 again with the same
+   records. If they are not those of the commit before either, a broker has forgotten that one and what it carried: the
+   process ends, and its successor runs it again. Where a broker takes no map, a transaction above a gap may leave both
+   as they were: then nobody can tell, and its records are written again rather than lost.
 
 A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction.
 An offset map that is refused for its size is left out, then and from then on (contract 3).
@@ -37,6 +37,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Protocol
@@ -280,7 +281,7 @@ class TransactionWriter:
         """
         while self._producer is None:
             try:
-                self._producer = await self._started()
+                self._producer, _ = await self._started()
             except (KafkaError, OSError, TimeoutError) as error:
                 self._failures += 1
                 log.warning("transactional producer cannot start", **self._where(), error=repr(error))
@@ -363,8 +364,7 @@ class TransactionWriter:
                 await self._replace(error)
                 continue
             except (KafkaError, OSError, TimeoutError, _Unseen) as error:
-                await self._replace(error)
-                if await self._took_effect(source, offset, metadata):
+                if await self._replace(error, partial(self._took_effect, source, offset, metadata)):
                     break
                 continue
             break
@@ -432,8 +432,11 @@ class TransactionWriter:
 
     # ------------------------------------------------------------------------------------------ after a failure
 
-    async def _replace(self, error: BaseException) -> None:
+    async def _replace(self, error: BaseException, took_effect: Callable[[], Awaitable[bool]] | None = None) -> bool:
         """Throw the producer away and start another, if the partition is still ours.
+
+        Returns:
+            What *took_effect* says of the transaction that failed; False without.
 
         Raises:
             Lost: it is not.
@@ -441,11 +444,12 @@ class TransactionWriter:
         self._failures += 1
         log.warning("transaction failed", **self._where(), error=repr(error), failures=self._failures)
         await self._throw_away()
+        effective = False
         while self._producer is None:
             await self._back_off()
             try:
                 if await self._is_member():
-                    self._producer = await self._started()
+                    self._producer, effective = await self._started(took_effect)
                 # Only who is a member after its producer has started knows that whoever comes next will fence it.
                 if not await self._is_member():
                     raise Lost
@@ -453,6 +457,7 @@ class TransactionWriter:
                 await self._throw_away()
                 self._failures += 1
                 log.warning("transactional producer cannot start", **self._where(), error=repr(failure))
+        return effective
 
     async def _look_up(self, source: Source, offset: int, metadata: str) -> None:
         """Wait until a commit that was answered is in the group's offsets; not where it changes nothing there.
@@ -490,22 +495,30 @@ class TransactionWriter:
                 return found == (offset, metadata)
             await self._back_off()
 
-    async def _started(self) -> AIOKafkaProducer:
+    async def _started(
+        self, took_effect: Callable[[], Awaitable[bool]] | None = None
+    ) -> tuple[AIOKafkaProducer, bool]:
+        """Start a producer and sweep with it; return it, and what *took_effect* has said before the sweep."""
         producer = self._make_producer()
         try:
             async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
                 await connect_client(producer)
-                await self._sweep(producer)
+                effective = took_effect is not None and await took_effect()
+                await self._sweep(producer, commit=effective)
         except BaseException:
             await discard(producer, 0)
             raise
-        return producer
+        return producer, effective
 
-    async def _sweep(self, producer: AIOKafkaProducer) -> None:
-        """Abort a transaction without records on all partitions that are written to, that of the offsets included.
+    async def _sweep(self, producer: AIOKafkaProducer, *, commit: bool) -> None:
+        """End a transaction without records on all partitions that are written to, that of the offsets included.
+
+        Args:
+            producer: Freshly started.
+            commit: Whether what has been forgotten there is part of a commit that took effect; else it is aborted.
 
         Raises:
-            KafkaError: it could not be aborted; the producer is done for.
+            KafkaError: it could not be ended; the producer is done for.
         """
         sender, transactions = producer._sender, producer._txn_manager  # noqa: SLF001 - a test holds the release to them
         await producer.begin_transaction()
@@ -514,7 +527,7 @@ class TransactionWriter:
             transactions.maybe_add_partition_to_txn(target)
         while not await sender._do_add_offsets_to_txn(self._group_id):  # noqa: SLF001 - above
             pass  # it has waited, and the caller has a deadline
-        await producer.abort_transaction()
+        await (producer.commit_transaction() if commit else producer.abort_transaction())
 
     async def _throw_away(self) -> None:
         """End the producer. Cancellation: it is still ours, and has to be thrown away again."""

@@ -58,6 +58,8 @@ class Log:
         """So many commits take effect, and fail."""
         self.markers_lost = 0
         """So many commits are answered, late, and take no effect; their records become part of the next one."""
+        self.output_markers_lost = 0
+        """So many commits fail, and only their offsets take effect."""
         self.forgotten: list[tuple[TopicPartition, bytes | None]] = []
         """Records of theirs."""
         self.coordinator_answers = True
@@ -185,8 +187,19 @@ class ProducerDouble:
         self.offsets = point
 
     async def commit_transaction(self) -> None:
+        if self.swept:
+            assert self.swept == {OUTPUT, DEAD, "group"}
+            self.swept.clear()
+            self.log.records.extend(self.log.forgotten)
+            self.log.forgotten.clear()
+            return
         self.log.step("commit")
         assert self.offsets is not None
+        if self.log.output_markers_lost:
+            self.log.output_markers_lost -= 1
+            self.log.forgotten.extend(self.open)
+            self.log.committed = (self.offsets.offset, self.offsets.metadata)
+            raise RequestTimedOutError
         if self.log.markers_lost:
             self.log.markers_lost -= 1
             self.log.forgotten.extend(self.open)
@@ -430,6 +443,16 @@ async def test_a_commit_that_a_broker_has_answered_and_forgotten_is_written_agai
     await rig.acknowledged(0)
     assert rig.values() == [b"0"]
     assert len(rig.log.producers) == 2
+
+
+async def test_a_commit_of_which_the_records_alone_are_forgotten_is_completed(rig: Rig) -> None:
+    """I1: the offsets say that it took effect, so nobody will write its records again."""
+    rig.log.output_markers_lost = 1
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await rig.acknowledged(0)
+    assert (rig.values(), rig.log.forgotten) == ([b"0"], [])
 
 
 async def test_a_commit_that_turns_out_to_be_forgotten_ends_the_process(rig: Rig) -> None:
