@@ -92,6 +92,8 @@ network or queue keeps."""
 UNANSWERED_MAX = 100_000
 """Most revisions remembered for that; the oldest is forgotten first. 30 MiB, after hours of outage."""
 
+_DELETED = "gcs: the revision was deleted while it was written"
+
 _COPY_TIMEOUT = (CONNECT_SECONDS, 45.0)
 """A copy between locations answers with its progress after about 30 s."""
 
@@ -413,7 +415,7 @@ class _Upload:
 
     async def _call(self, step: Callable[..., Any], *arguments: Any) -> Any:
         if self.called_off:
-            raise StartAnew("gcs: the revision was deleted while it was written")
+            raise StartAnew(_DELETED)
         return await self.gcs.call(step, *arguments, effect=self.effect)
 
 
@@ -536,16 +538,18 @@ def _compare(connection: Connection, target: _Target, size: int, crc32c: int) ->
     """Accept the object that is there already, if it is the one that was to be made.
 
     Raises:
-        StartAnew: it has been deleted in between.
+        StartAnew: it has been deleted in between; what :func:`_replace` leaves in its place says so too.
         BackendError: it is another one.
     """
     handle = connection.handle(target.bucket, target.name)
     try:
         handle.reload(timeout=REQUEST_TIMEOUT, retry=None)
     except NotFound:
-        raise StartAnew("gcs: the revision was deleted while it was written") from None
+        raise StartAnew(_DELETED) from None
     found = GcsObject.of(handle)
     if (found.size, found.crc32c) != (size, crc32c):
+        if found.size == 0:
+            raise StartAnew(_DELETED)
         raise BackendError("gcs: the revision is there already, with another payload")
 
 

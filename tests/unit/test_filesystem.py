@@ -48,7 +48,9 @@ async def backend(root: Path) -> AsyncIterator[FilesystemBackend]:
 
 def files(root: Path) -> list[Path]:
     """List what was stored, and temporary files."""
-    return sorted(path for path in root.rglob("*") if path.is_file() and path.name not in {".lock", "FORMAT"})
+    # Unlike `rglob`, this takes it that folders go while it looks.
+    found = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    return sorted(path for path in found if path.name not in {".lock", "FORMAT"})
 
 
 def only(root: Path, suffix: str) -> Path:

@@ -508,6 +508,19 @@ class TestDelete:
         assert strict_gcs.bucket("bucket")[NAME].payload == b""
         assert await tier.head(REVISION) is None
 
+    async def test_a_put_that_finds_what_a_delete_has_left_in_its_place_may_be_tried_anew(
+        self, tier: GcsBackend, strict_gcs: StrictGcs
+    ) -> None:
+        """Clean-up after a member that was taken for dead: no fault of the object, nor of the storage."""
+        strict_gcs.plan("insert", times=3, before=True)
+        with pytest.raises(BackendUnavailable):
+            await tier.put(REVISION, Metadata(), b"payload")
+        await tier.delete(REVISION)
+        assert strict_gcs.bucket("bucket")[NAME].payload == b""
+
+        with pytest.raises(BackendUnavailable, match="deleted while it was written"):
+            await tier.put(REVISION, Metadata(), b"payload")
+
     async def test_an_answered_request_leaves_nothing_to_be_replaced(
         self, tier: GcsBackend, strict_gcs: StrictGcs
     ) -> None:
