@@ -83,6 +83,10 @@ Non-obvious
   and never leave the group, however stuck (hazard H4).
 * After any exception from ``getmany`` every open partition is sought to its own cursor: the client has moved positions
   over records it then dropped (H1).
+* The client's position is not to be believed while its next poll has something to tell: it moves past a record that it
+  could not fetch before it says so (H2).
+* One header whose name is no UTF-8 would have the client deliver nothing of its partition any more; brokers take such
+  records (:mod:`consumer.kafka.header_names`).
 * Offsets have gaps. Only delivered offsets are tracked; waiting for ``offset + 1`` stalls at a transaction marker
   (H9b).
 * One batch is in flight for each output partition. Concurrent sends to one partition overtake each other when a batch

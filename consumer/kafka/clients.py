@@ -10,6 +10,7 @@ from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.errors import KafkaConnectionError
 
 from consumer.config import Config
+from consumer.kafka import header_names
 from consumer.kafka.connection import consumer_settings, producer_settings
 from consumer.kafka.fetch_pace import paced
 
@@ -19,6 +20,7 @@ def make_consumer(config: Config) -> AIOKafkaConsumer:
 
     Subscribing before ``start`` would make ``start`` wait for the first assignment without limit (hazard H17).
     """
+    header_names.install()
     return paced(AIOKafkaConsumer(**consumer_settings(config)))
 
 

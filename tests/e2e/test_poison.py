@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ import pytest
 
 import wire
 from brokers import Broker
+from ledger import Entry
+from raw_batches import UNREADABLE_NAME, batch, send_batch
 from stages import SetStage, Stage
 
 GOOD = ("insert", "poisoned/key", b"payload")
@@ -154,3 +157,25 @@ def test_poison_without_a_dead_letter_topic_is_answered_all_the_same(broker: Bro
 
     assert answer.code == "null_value"
     assert stage.ledger.dead_letters == {}
+
+
+def test_a_header_whose_name_is_no_text_stops_nobody(stage: Stage) -> None:
+    """Contract 2.3: its record is answered like any other, in a batch with others; poison too, and kept."""
+    if stage.broker.kind != "apache":
+        pytest.skip("noida-db does not keep a batch as it is sent")
+    ledger = stage.ledger
+    values = [wire.operation("head", f"unnamed/{uuid.uuid4()}", request_id="r") for _ in range(3)]
+    values.insert(2, b"\x02 nothing that could be decoded")
+
+    first = asyncio.run(send_batch(stage.broker, ledger.input, 1, batch(values, unreadable=(1, 2))))
+    entries = []
+    for place, value in enumerate(values):
+        kind, statuses = ("unknown", {400}) if place == 2 else ("head", {404})
+        entries.append(Entry(ledger.input, 1, first + place, b"k", value, [], None, kind, frozenset(statuses)))
+        ledger.entries[entries[-1].id] = entries[-1]
+    answers = [ledger.answer([entry]) for entry in entries]
+    letter = ledger.wait_dead_letter(entries[2])
+
+    assert [answer.header("correlation-id") for answer in answers] == [None, "1", "2", None]
+    assert letter.value == values[2]
+    assert letter.headers[0] == (UNREADABLE_NAME.decode(errors="backslashreplace"), b"of a header")
