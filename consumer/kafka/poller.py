@@ -918,12 +918,19 @@ class Poller(ConsumerRebalanceListener):
             raise
 
     async def _advance_over_gaps(self) -> None:
-        """Move idle partitions over offsets without records (control batches, aborted ones): only the client knows."""
+        """Move idle partitions over offsets without records (control batches, aborted ones): only the client knows.
+
+        Not while the next poll has still something to tell of the partition: it may be that the client has moved past a
+        record which it could not fetch (H2).
+        """
+        fetcher: Any = self._client._fetcher  # noqa: SLF001 - told nowhere else; private names, held by a test
         for partition, assignment in list(self._assignments.items()):
             if assignment.open and assignment.fetching:
                 with suppress(KafkaError, TimeoutError):
                     async with asyncio.timeout(1):
-                        assignment.advance(await self._client.position(partition))
+                        position = await self._client.position(partition)
+                    if partition not in fetcher._records:  # noqa: SLF001 - as above
+                        assignment.advance(position)
 
     # ------------------------------------------------------------------------------------------ for the watchdog
 

@@ -1157,6 +1157,25 @@ class TestCommits:
 
         assert {points[FIRST].offset for points in rig.consumer.commits} == {0}
 
+    async def test_offsets_of_which_the_client_has_still_something_to_tell_are_not_crossed(self, make: MakeRig) -> None:
+        """H2: it moves past a record that it cannot fetch *before* a poll tells that; to commit there would lose it."""
+        rig = make(commit_policy=CommitPolicy(interval_seconds=0.005, max_records=1))
+        rig.place.responses.acknowledge_always()
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await rig.join(FIRST)
+        await rig.answered(0)
+        await until(lambda: rig.consumer.committed[FIRST].offset == 1)
+
+        rig.consumer._fetcher._records[FIRST] = "an error, for the next poll"
+        rig.consumer.cross(FIRST, 2)
+        await rig.polled_again(20)
+        commits = len(rig.consumer.commits)
+        assert rig.consumer.committed[FIRST].offset == 1
+
+        rig.consumer._fetcher._records.clear()
+        await until(lambda: rig.consumer.committed[FIRST].offset == 2)
+        assert len(rig.consumer.commits) == commits + 1
+
 
 # ---------------------------------------------------------------------------------------------------- out of range
 
