@@ -659,6 +659,7 @@ def _transactions(config: Config, plan: TopicPlan) -> Transactions:
     dead_letters = config.dead_letter.topic
     return Transactions(
         group_id=config.kafka.group_id,
+        ask_cluster=partial(Cluster, config),
         make_producer=partial(make_transactional_producer, config),
         interval_seconds=config.commit.transaction_interval,
         output=partial(target_in, config.output.topic, plan.output_partitions),

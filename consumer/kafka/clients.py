@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.conn import AIOKafkaConnection, CloseReason
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from consumer.config import Config
 from consumer.kafka import header_names
@@ -58,6 +61,25 @@ async def connect_client(client: Startable) -> None:
         raise KafkaConnectionError(_UNKNOWN_CLUSTER) from error
 
 
+@contextmanager
+def its_assertions_are_failures() -> Iterator[None]:
+    """Around steps of a client: tell what it trips over within itself as a step of its that has failed.
+
+    Of an outage it may hear at a moment it does not expect: then a state that it has left is asserted, or a future
+    resolved that is done. Such a client is thrown away, as after any other failure. What others raise passes.
+
+    Raises:
+        KafkaError: for an AssertionError or InvalidStateError out of the client's own code.
+    """
+    try:
+        yield
+    except (AssertionError, asyncio.InvalidStateError) as error:
+        *_, innermost = traceback.walk_tb(error.__traceback__)
+        if not str(innermost[0].f_globals.get("__name__")).startswith("aiokafka."):
+            raise
+        raise KafkaError(f"the client is in a state that it does not expect: {error!r}") from error
+
+
 def see_that_the_cluster_is_known(client: AIOKafkaConsumer) -> None:
     """Check that the metadata of a client that has just started name a broker.
 
@@ -81,11 +103,12 @@ def send_or_say_closed(connection: AIOKafkaConnection, request: Any, expect_resp
 
     Raises:
         KafkaConnectionError: the connection is closed; the client makes another.
-        NotImplementedError: the broker does not speak the request's version; the connection is as good as before.
+        NotImplementedError, IncompatibleBrokerVersion: the broker does not speak the request's version, or not the
+            request at all; the connection is as good as before.
     """
     try:
         return _send(connection, request, expect_response)
-    except NotImplementedError:  # a RuntimeError too
+    except (NotImplementedError, KafkaError):  # RuntimeErrors too
         raise
     except RuntimeError as error:
         connection.close(reason=CloseReason.CONNECTION_BROKEN)
@@ -97,6 +120,7 @@ AIOKafkaConnection.send = send_or_say_closed  # type: ignore[method-assign]  # a
 __all__ = [
     "TopicPartition",
     "connect_client",
+    "its_assertions_are_failures",
     "make_consumer",
     "make_producer",
     "make_transactional_producer",

@@ -1,10 +1,12 @@
-"""The ids of topics, which tell a topic from another one that had its name before.
+"""The ids of topics, which tell a topic from another one that had its name before, and the terms of their leaders.
 
 A topic that is deleted and made anew counts its offsets from 0 again. Whoever compares offsets over time has to know
-that, or would take everything new for old. aiokafka speaks no version of the metadata request that tells ids, so the
-one that does is written down here, for that purpose alone.
+that, or would take everything new for old. And a partition that has lost its leader and got it back has another *leader
+epoch*: who finds the same one twice knows that it was led all the time in between. aiokafka speaks no version of the
+metadata request that tells either, so the one that does is written down here, for these purposes alone.
 
-Source: KIP-516; ``MetadataRequest.json`` and ``MetadataResponse.json`` of Apache Kafka, version 12 (brokers from 3.0).
+Source: KIP-516, KIP-320; ``MetadataRequest.json`` and ``MetadataResponse.json`` of Apache Kafka, version 12 (brokers
+from 3.0).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from io import BytesIO
 from typing import Any
 from uuid import UUID
 
+from aiokafka.errors import NoError
 from aiokafka.protocol.abstract import AbstractType
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import Boolean, CompactArray, CompactString, Int16, Int32, Schema, TaggedFields
@@ -97,7 +100,7 @@ class _MetadataRequest(RequestStruct):
 
 
 class TopicIdsRequest(Request[_MetadataRequest]):
-    """Asks for the ids of topics, by name.
+    """Asks for the ids and leaders of topics, by name.
 
     Preparing it for a broker that tells none raises what the client raises for every version that a broker does not
     speak: ``NotImplementedError``, which :meth:`consumer.kafka.topics.Cluster.topic_ids` takes for "no ids".
@@ -116,3 +119,13 @@ class TopicIdsRequest(Request[_MetadataRequest]):
 def topic_ids(answer: Any) -> dict[str, UUID]:
     """Return the ids in an answer by name, of topics that have one."""
     return {topic["topic"]: topic["topic_id"] for topic in answer.to_object()["topics"] if topic["topic_id"] != _NONE}
+
+
+def leaders(answer: Any) -> dict[tuple[str, int], tuple[int, int]]:
+    """Return who leads each partition in an answer, -1 for nobody, and its epoch; no partition of a topic in error."""
+    return {
+        (topic["topic"], entry["partition"]): (entry["leader"], entry["leader_epoch"])
+        for topic in answer.to_object()["topics"]
+        if topic["error_code"] == NoError.errno
+        for entry in topic["partitions"]
+    }

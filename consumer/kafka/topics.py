@@ -30,6 +30,7 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import (
     GroupIdNotFound,
     IllegalGenerationError,
+    IncompatibleBrokerVersion,
     KafkaError,
     NoError,
     TopicAlreadyExistsError,
@@ -48,7 +49,8 @@ from consumer.config import MIB, Config
 from consumer.errors import ConfigError, TierstreamError
 from consumer.kafka.connection import RETRY_BACKOFF_MS, admin_settings
 from consumer.kafka.diagnosis import why_unreachable
-from consumer.kafka.topic_ids import TopicIdsRequest, topic_ids
+from consumer.kafka.topic_ids import TopicIdsRequest, leaders, topic_ids
+from consumer.kafka.transaction_states import UNTOLD, TransactionState, TransactionStateRequest, described
 from consumer.log import get_logger
 
 ANSWER_SECONDS: Final = 15.0
@@ -68,6 +70,7 @@ LATEST: Final = -1
 
 _TOPIC: Final = 2  # resource type of DescribeConfigs
 _GROUP: Final = 0  # key type of FindCoordinator
+_TRANSACTIONAL_ID: Final = 1  # another one
 
 Partition: TypeAlias = tuple[str, int]
 """Topic and partition number."""
@@ -315,6 +318,39 @@ class Cluster:
             found |= await self._persistently("offsets", lambda: self._offsets(late, LATEST, isolation))
         return {partition: found[partition] for partition in asked}
 
+    async def transaction(self, transactional_id: str) -> TransactionState | None:
+        """Return the state of the last transaction of *transactional_id*; None from brokers that do not tell.
+
+        Raises:
+            ClusterUnavailable: no answer in time.
+            ClusterRefusal: not authorised to know who coordinates it.
+        """
+        try:
+            return await self._persistently(
+                f"transactional id {transactional_id}", lambda: self._transaction(transactional_id)
+            )
+        except NotImplementedError:  # as for `topic_ids`
+            return None
+
+    async def marker_leaders(
+        self, transactional_id: str, group: str, partitions: Iterable[Partition]
+    ) -> dict[Partition, tuple[int, int]] | None:
+        """Wait until the coordinator of *transactional_id* itself knows where to write the markers of a transaction.
+
+        Returns:
+            The leader of each of *partitions* and its epoch, as far as such a partition exists and may be described;
+            None from brokers that do not tell.
+
+        Raises:
+            ClusterUnavailable: one of them is not led by the deadline, or the offsets of *group* are not.
+            ClusterRefusal: not authorised to know the coordinators.
+        """
+        asked = sorted(set(partitions))
+        try:
+            return await self._persistently("leaders", lambda: self._marker_leaders(transactional_id, group, asked))
+        except NotImplementedError:  # as for `topic_ids`
+            return None
+
     # ------------------------------------------------------------------------------------------ single attempts
 
     async def _metadata(self, topics: list[str]) -> dict[str, Any]:
@@ -360,9 +396,9 @@ class Cluster:
             if for_code(outcome["error_code"]) is not TopicAlreadyExistsError:
                 _raise_for(outcome["error_code"], f"creating topic {outcome['topic']}", outcome.get("error_message"))
 
-    async def _coordinator(self, group: str) -> int:
-        answer = await self._ask(FindCoordinatorRequest(group, _GROUP))
-        _raise_for(answer["error_code"], f"the coordinator of group {group}")
+    async def _coordinator(self, key: str, kind: int = _GROUP) -> int:
+        answer = await self._ask(FindCoordinatorRequest(key, kind))
+        _raise_for(answer["error_code"], f"the coordinator of {key}")
         await self._metadata([])  # it may be a broker that has come up since
         return int(answer["coordinator_id"])
 
@@ -402,6 +438,30 @@ class Cluster:
         _raise_for(described["error_code"], f"group {group}")
         members = frozenset(str(member["member_id"]) for member in described["members"])
         return GroupState(described["state"], len(members), members)
+
+    async def _transaction(self, transactional_id: str) -> TransactionState | None:
+        coordinator = await self._coordinator(transactional_id, _TRANSACTIONAL_ID)
+        try:
+            error, state = described(await self._send(TransactionStateRequest(transactional_id), coordinator))
+        except IncompatibleBrokerVersion:
+            return None
+        if error in UNTOLD:
+            return None
+        _raise_for(error, f"the transaction of {transactional_id}")
+        return state
+
+    async def _marker_leaders(
+        self, transactional_id: str, group: str, asked: list[Partition]
+    ) -> dict[Partition, tuple[int, int]]:
+        coordinator = await self._coordinator(transactional_id, _TRANSACTIONAL_ID)
+        known = leaders(await self._send(TopicIdsRequest(sorted({topic for topic, _ in asked})), coordinator))
+        found = {place: known[place] for place in asked if place in known}
+        for (topic, partition), (leader, _) in found.items():
+            if leader < 0:
+                raise ClusterUnavailable(f"partition {partition} of topic {topic} is not led by any broker")
+        offsets = await self._ask(FindCoordinatorRequest(group, _GROUP), coordinator)
+        _raise_for(offsets["error_code"], f"the coordinator of group {group}")
+        return found
 
     async def _offsets(self, asked: list[Partition], at: int, isolation: int) -> dict[Partition, int]:
         topics = await self._topics(sorted({topic for topic, _ in asked}))

@@ -4,26 +4,33 @@ One :class:`TransactionWriter` per owned input partition, with a producer of its
 ``GROUP/TOPIC/PARTITION``. Starting it fences whoever owned the partition before and ends what that left open, so it is
 started *before* the committed offset is read (hazard H22). Ended is what the broker *knows* to be open. Some forget:
 Apache Kafka 4.3 takes a partition without a leader, as after a restart, for a deleted one, and counts a transaction as
-complete without its marker there; its records then become visible with whatever the same producer commits next. So each
-producer begins with a *sweep*: it aborts a transaction of its own that holds no record, on all partitions it will write
-to. The marker ends whatever is open there.
+complete without its marker there; its records then become visible with whatever the same producer commits next, or are
+lost with what it aborts. So each producer begins with a *sweep*: it ends a transaction of its own that holds no record,
+on all partitions it will write to, and the marker ends whatever is open there. Three things make a sweep right:
+
+* The *decision*. Before the producer starts, the coordinator is asked how the last transaction was decided. Committed:
+  the sweep commits. Anything else: it aborts. Once decided, that stands for all attempts to start.
+* All partitions are *led*, as the coordinator itself sees it, before the sweep and, without a break, until its markers
+  are written; else it might be forgotten as well, and starts anew.
+* A dead letter topic that is gone or denied is left out: nothing has to be written there before it is swept.
 
 1. What is appended gathers for the transaction interval, or until there is much of it.
 2. *One transaction*: begin; one batch after another for each output partition; every batch's future is awaited, because
    a transaction commits although its sends have failed (H20); the offset and map that hold once these responses are
    written; commit.
-3. Committed: owners hear that their records are acknowledged. A commit that took long, as where a broker has come back
-   meanwhile, is first looked up in the group's offsets: it may be one of those without markers.
+3. Committed: owners hear that their records are acknowledged. After a commit that took long, as where a broker has come
+   back meanwhile, there first is a sweep that commits: it may be one of those without markers.
 4. *Anything else* (refused, fenced, no answer in time): the producer is thrown away, which ends its transaction. Before
    a new one is started the group is asked whether this process is still a member: a member that was expelled while it
    was frozen would otherwise fence the rightful owner, and write its own stale responses. And again once it has
    started, as it could have been expelled in between: who is a member *then* knows that a later owner will fence it.
    No member: the partition is *lost*, and what was not committed goes nowhere.
-5. With the new producer, the committed offset and map tell whether a commit without an answer took effect after all.
-   If so, the sweep commits what may be left of it instead of aborting that: step 3, else step 2 again with the same
-   records. If they are not those of the commit before either, a broker has forgotten that one and what it carried: the
+5. Whether a transaction that was to be committed took effect is told by its answer, else by the coordinator's decision,
+   else, where there is none yet or the broker does not tell, by the group's offset and map, once the new producer has
+   fenced the old one. If so, the sweep commits what may be left of it: step 3, else step 2 again with the same records.
+   If offset and map are not those of the commit before either, a broker has forgotten that one and what it carried: the
    process ends, and its successor runs it again. Where a broker takes no map, a transaction above a gap may leave both
-   as they were: then nobody can tell, and its records are written again rather than lost.
+   as they were: then they tell nothing, and its records are written again rather than lost.
 
 A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction.
 An offset map that is refused for its size is left out, then and from then on (contract 3).
@@ -37,6 +44,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
@@ -49,18 +57,19 @@ from aiokafka.errors import (
     MessageSizeTooLargeError,
     OffsetMetadataTooLargeError,
     RecordListTooLargeError,
+    TopicAuthorizationFailedError,
 )
 from aiokafka.structs import OffsetAndMetadata
 
 from consumer.assignment import Lane, Owner
-from consumer.kafka.clients import connect_client
+from consumer.kafka.clients import connect_client, its_assertions_are_failures
 from consumer.kafka.publisher import (
     BACKOFF_SECONDS,
     DISCARD_TIMEOUT_SECONDS,
     discard,
     nobody_waits_for_its_transaction,
 )
-from consumer.kafka.topics import ClusterRefusal, ClusterUnavailable
+from consumer.kafka.topics import Cluster, ClusterRefusal, ClusterUnavailable
 from consumer.log import get_logger
 from consumer.offset_map import SizeLimit
 from consumer.responses import Header
@@ -77,10 +86,10 @@ STEP_TIMEOUT_SECONDS = 20.0
 any outcome, and the producer is not to be used any more (H23)."""
 
 SLOW_COMMIT_SECONDS = 1.0
-"""A commit takes milliseconds; one that takes longer has met a broker that was away, and is looked up."""
+"""A transaction takes milliseconds; one that takes longer has met a broker that was away: a sweep follows."""
 
-VISIBLE_SECONDS = 5.0
-"""How long a commit that was answered may take to be seen: its markers are written after the answer."""
+MARKERS_SECONDS = 0.05
+"""Wait between two questions whether the markers of a sweep are written; they are so within milliseconds."""
 
 log = get_logger(__name__)
 
@@ -101,8 +110,20 @@ class CommitForgotten(Exception):
     """The group's offsets are not those last committed: what was answered has to run again, after a restart."""
 
 
-class _Unseen(Exception):
-    """A commit was answered, and is not in the group's offsets."""
+class _NotSwept(Exception):
+    """A partition cannot be written to before it is swept, or had no leader for a moment while it was."""
+
+
+class _Commit(Enum):
+    """How far the commit of a transaction has come."""
+
+    NOT_ASKED = auto()
+    ASKED = auto()
+    ANSWERED = auto()
+
+
+_FAILURES = (KafkaError, OSError, TimeoutError, ClusterUnavailable, ClusterRefusal, _NotSwept)
+"""What a step may fail with; the producer is then thrown away."""
 
 
 class _MapRefused(Exception):
@@ -169,6 +190,8 @@ class Transactions:
     """What the writers of all partitions share."""
 
     group_id: str
+    ask_cluster: Callable[[], Cluster]
+    """Makes an unopened client for questions."""
     make_producer: Callable[[str], AIOKafkaProducer]
     """Makes an unstarted producer with a ``transactional.id``."""
     interval_seconds: float
@@ -189,11 +212,13 @@ class Transactions:
     ) -> TransactionWriter:
         """Make the unstarted writer of one input partition."""
         transactional_id = f"{self.group_id}/{partition.topic}/{partition.partition}"
-        targets = [make(partition.partition) for make in (self.output, self.dead_letters) if make is not None]
         return TransactionWriter(
             partition,
-            targets=targets,
+            output=self.output(partition.partition),
+            dead_letters=None if self.dead_letters is None else self.dead_letters(partition.partition),
             group_id=self.group_id,
+            transactional_id=transactional_id,
+            ask_cluster=self.ask_cluster,
             make_producer=lambda: self.make_producer(transactional_id),
             interval_seconds=self.interval_seconds,
             is_member=is_member,
@@ -213,8 +238,11 @@ class TransactionWriter:
 
     Args:
         partition: The input partition.
-        targets: The output partitions that are written to.
+        output: Where responses go.
+        dead_letters: Where dead letters go, if anywhere.
         group_id: The consumer group.
+        transactional_id: Of the producers.
+        ask_cluster: Makes an unopened client for questions.
         make_producer: Makes an unstarted transactional producer.
         interval_seconds: How long responses gather.
         is_member: Tells whether this process still belongs to the group.
@@ -227,8 +255,11 @@ class TransactionWriter:
         self,
         partition: TopicPartition,
         *,
-        targets: Sequence[TopicPartition],
+        output: TopicPartition,
+        dead_letters: TopicPartition | None,
         group_id: str,
+        transactional_id: str,
+        ask_cluster: Callable[[], Cluster],
         make_producer: Callable[[], AIOKafkaProducer],
         interval_seconds: float,
         is_member: Callable[[], Awaitable[bool]],
@@ -237,8 +268,13 @@ class TransactionWriter:
         failed: Callable[[BaseException], None],
     ) -> None:
         self._partition = partition
-        self._targets = targets
+        self._output = output
+        self._dead_letters = dead_letters
+        self._dead_letters_denied = False
+        self._dead_letters_left_out = False
         self._group_id = group_id
+        self._transactional_id = transactional_id
+        self._ask_cluster = ask_cluster
         self._make_producer = make_producer
         self._interval = interval_seconds
         self._is_member = is_member
@@ -246,6 +282,11 @@ class TransactionWriter:
         self._map_size = map_size
         self._failed = failed
         self._producer: AIOKafkaProducer | None = None
+        self._swept: set[TopicPartition] = set()
+        """Where the producer may write."""
+        self._decided: bool | None = None
+        """Whether the last transaction before it was committed; None while that is not known, or not decided."""
+        self._commit = _Commit.NOT_ASKED
         self._source: Source | None = None
         self._pending: deque[_Item] = deque()
         self._pending_bytes = 0
@@ -282,7 +323,7 @@ class TransactionWriter:
         while self._producer is None:
             try:
                 self._producer, _ = await self._started()
-            except (KafkaError, OSError, TimeoutError) as error:
+            except _FAILURES as error:
                 self._failures += 1
                 log.warning("transactional producer cannot start", **self._where(), error=repr(error))
                 await self._back_off()
@@ -351,9 +392,10 @@ class TransactionWriter:
             metadata = self._map_size.fitting(offset_map)
             began = time.monotonic()
             try:
-                await self._transact(items, offset, metadata)
+                with its_assertions_are_failures():
+                    await self._transact(items, offset, metadata)
                 if time.monotonic() - began >= SLOW_COMMIT_SECONDS:
-                    await self._look_up(source, offset, metadata)
+                    await self._sweep_again()
             except _Refused as error:
                 await self._replace(error)
                 self._hand_back(items, error.item)
@@ -363,7 +405,7 @@ class TransactionWriter:
                     log.warning("broker refuses offset maps: committing without", characters=len(metadata))
                 await self._replace(error)
                 continue
-            except (KafkaError, OSError, TimeoutError, _Unseen) as error:
+            except _FAILURES as error:
                 if await self._replace(error, partial(self._took_effect, source, offset, metadata)):
                     break
                 continue
@@ -379,16 +421,21 @@ class TransactionWriter:
         Raises:
             _Refused: a record is too large for the broker; nothing was committed.
             _MapRefused: *metadata* is; nothing was committed.
+            _NotSwept: dead letters were left out of the producer's sweep; the next one tries to sweep them.
             KafkaError, OSError, TimeoutError: it failed, or its outcome is unknown; the producer is done for.
         """
         producer = self._producer
         assert producer is not None
+        self._commit = _Commit.NOT_ASKED
+        by_target: dict[TopicPartition, list[_Item]] = {}
+        for item in items:
+            by_target.setdefault(item.target, []).append(item)
+        if not by_target.keys() <= self._swept:
+            self._dead_letters_denied = False  # it may be granted by now
+            raise _NotSwept("there is a dead letter to be written, and its topic is gone or denied")
         async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
             await producer.begin_transaction()
             nobody_waits_for_its_transaction(producer)
-            by_target: dict[TopicPartition, list[_Item]] = {}
-            for item in items:
-                by_target.setdefault(item.target, []).append(item)
             await asyncio.gather(*(self._send(producer, target, group) for target, group in by_target.items()))
             point = {self._partition: OffsetAndMetadata(offset, metadata)}
             try:
@@ -399,7 +446,9 @@ class TransactionWriter:
                 if metadata and refusal:
                     raise _MapRefused(repr(error.__cause__)) from error
                 raise
+            self._commit = _Commit.ASKED
             await producer.commit_transaction()
+            self._commit = _Commit.ANSWERED
 
     @staticmethod
     async def _send(producer: AIOKafkaProducer, target: TopicPartition, items: list[_Item]) -> None:
@@ -453,40 +502,23 @@ class TransactionWriter:
                 # Only who is a member after its producer has started knows that whoever comes next will fence it.
                 if not await self._is_member():
                     raise Lost
-            except (KafkaError, OSError, TimeoutError, ClusterUnavailable, ClusterRefusal) as failure:
+            except _FAILURES as failure:
                 await self._throw_away()
                 self._failures += 1
                 log.warning("transactional producer cannot start", **self._where(), error=repr(failure))
         return effective
 
-    async def _look_up(self, source: Source, offset: int, metadata: str) -> None:
-        """Wait until a commit that was answered is in the group's offsets; not where it changes nothing there.
-
-        Raises:
-            _Unseen: it is not.
-        """
-        if (offset, metadata) == (source.committed, source.committed_map):
-            return
-        deadline = time.monotonic() + VISIBLE_SECONDS
-        while True:
-            with suppress(ClusterUnavailable, ClusterRefusal):
-                if await self._committed() == (offset, metadata):
-                    return
-            if time.monotonic() >= deadline:
-                raise _Unseen(f"offset {offset} was committed and is not there")
-            await asyncio.sleep(BACKOFF_SECONDS[0])
-
     async def _took_effect(self, source: Source, offset: int, metadata: str) -> bool:
-        """Tell whether a commit without an answer is in the group's offsets; asked until there is an answer.
-
-        False where it would have changed nothing there.
+        """Tell whether the last transaction is committed; the old producer is fenced. Asked until there is an answer.
 
         Raises:
-            CommitForgotten: nor is what was committed before it.
+            CommitForgotten: it is not, nor is what was committed before it.
         """
+        if self._commit is _Commit.ANSWERED or (self._commit is _Commit.ASKED and self._decided):
+            return True
         before = (source.committed, source.committed_map)
         if (offset, metadata) == before:
-            return False
+            return False  # the group's offsets tell nothing
         while True:
             with suppress(ClusterUnavailable, ClusterRefusal):
                 found = await self._committed() or (None, "")
@@ -495,39 +527,100 @@ class TransactionWriter:
                 return found == (offset, metadata)
             await self._back_off()
 
-    async def _started(
-        self, took_effect: Callable[[], Awaitable[bool]] | None = None
-    ) -> tuple[AIOKafkaProducer, bool]:
+    # ------------------------------------------------------------------------------------------ the sweep
+
+    async def _started(self, took_effect: Callable[[], Awaitable[bool]] | None = None) -> tuple[AIOKafkaProducer, bool]:
         """Start a producer and sweep with it; return it, and what *took_effect* has said before the sweep."""
         producer = self._make_producer()
         try:
-            async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
-                await connect_client(producer)
+            async with asyncio.timeout(STEP_TIMEOUT_SECONDS), self._ask_cluster() as cluster:
+                if self._decided is None:  # what is decided stays so; starting a producer makes the broker forget it
+                    state = await cluster.transaction(self._transactional_id)
+                    self._decided = None if state is None else state.committed
+                leaders = await self._leaders(cluster)
+                with its_assertions_are_failures():
+                    await connect_client(producer)
                 effective = took_effect is not None and await took_effect()
-                await self._sweep(producer, commit=effective)
+                await self._sweep(producer, cluster, leaders, commit=effective or self._decided is True)
         except BaseException:
             await discard(producer, 0)
             raise
+        self._decided = None
+        self._say_what_is_left_out()
         return producer, effective
 
-    async def _sweep(self, producer: AIOKafkaProducer, *, commit: bool) -> None:
+    def _say_what_is_left_out(self) -> None:
+        left_out = self._dead_letters is not None and self._dead_letters not in self._swept
+        if left_out and not self._dead_letters_left_out:
+            log.warning("dead letter topic is gone or denied: no dead letter can be written", **self._where())
+        self._dead_letters_left_out = left_out
+
+    async def _sweep_again(self) -> None:
+        """Complete a commit that was answered, wherever it has been forgotten.
+
+        Raises:
+            KafkaError, OSError, TimeoutError, ClusterUnavailable, ClusterRefusal, _NotSwept: it may not be complete;
+                the producer is done for.
+        """
+        producer = self._producer
+        assert producer is not None
+        async with asyncio.timeout(STEP_TIMEOUT_SECONDS), self._ask_cluster() as cluster:
+            await self._sweep(producer, cluster, await self._leaders(cluster), commit=True)
+
+    async def _leaders(self, cluster: Cluster) -> dict[TopicPartition, object]:
+        """Wait until all that has to be swept is led; return who leads it, None from a broker that does not tell.
+
+        Raises:
+            ClusterUnavailable: that takes too long.
+            ClusterRefusal: not authorised to know.
+            _NotSwept: there is no output topic.
+        """
+        letters = self._dead_letters
+        targets = [self._output] if letters is None or self._dead_letters_denied else [self._output, letters]
+        told = await cluster.marker_leaders(self._transactional_id, self._group_id, targets)
+        if told is None:
+            return dict.fromkeys(targets)
+        if self._output not in told:
+            raise _NotSwept(f"topic {self._output.topic} has no partition {self._output.partition}, or it is denied")
+        return {target: told[target] for target in targets if target in told}
+
+    async def _sweep(
+        self, producer: AIOKafkaProducer, cluster: Cluster, leaders: dict[TopicPartition, object], *, commit: bool
+    ) -> None:
         """End a transaction without records on all partitions that are written to, that of the offsets included.
 
         Args:
-            producer: Freshly started.
+            producer: In no transaction.
+            cluster: To be asked.
+            leaders: What is swept, and who leads it.
             commit: Whether what has been forgotten there is part of a commit that took effect; else it is aborted.
 
         Raises:
             KafkaError: it could not be ended; the producer is done for.
+            ClusterUnavailable, ClusterRefusal, _NotSwept: it may not have been ended everywhere; so is it then.
         """
         sender, transactions = producer._sender, producer._txn_manager  # noqa: SLF001 - a test holds the release to them
-        await producer.begin_transaction()
-        nobody_waits_for_its_transaction(producer)
-        for target in self._targets:
-            transactions.maybe_add_partition_to_txn(target)
-        while not await sender._do_add_offsets_to_txn(self._group_id):  # noqa: SLF001 - above
-            pass  # it has waited, and the caller has a deadline
-        await (producer.commit_transaction() if commit else producer.abort_transaction())
+        self._swept.clear()
+        try:
+            with its_assertions_are_failures():
+                await producer.begin_transaction()
+                nobody_waits_for_its_transaction(producer)
+                for target in leaders:
+                    transactions.maybe_add_partition_to_txn(target)
+                while not await sender._do_add_offsets_to_txn(self._group_id):  # noqa: SLF001 - above
+                    pass  # it has waited, and the caller has a deadline
+                ending = transactions.wait_for_transaction_end()
+                if ending.done():  # it has failed; an abort would end it here alone, without any marker
+                    ending.result()
+                await (producer.commit_transaction() if commit else producer.abort_transaction())
+        except TopicAuthorizationFailedError as error:
+            self._dead_letters_denied = self._dead_letters is not None and self._dead_letters.topic in error.args[0]
+            raise
+        while (state := await cluster.transaction(self._transactional_id)) is not None and not state.complete:  # noqa: ASYNC110 - a broker's event
+            await asyncio.sleep(MARKERS_SECONDS)
+        if await self._leaders(cluster) != leaders:
+            raise _NotSwept("a partition had no leader for a moment while it was swept")
+        self._swept.update(leaders)
 
     async def _throw_away(self) -> None:
         """End the producer. Cancellation: it is still ours, and has to be thrown away again."""

@@ -10,11 +10,22 @@ import asyncio
 import os
 import random
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import InvalidTxnState
 
 from brokers import Broker
+from consumer.config import Config
+from consumer.kafka.clients import make_transactional_producer
+from consumer.kafka.topics import Cluster
+from consumer.kafka.transaction_states import TransactionState
+from consumer.kafka.transactions import Transactions
+from consumer.offset_map import SizeLimit
 from ledger import Reader
 from load import PARTITIONS, Load, ends
 from stages import SetStage
@@ -105,11 +116,8 @@ def test_what_the_broker_has_forgotten_of_a_former_owner_is_never_seen(apache: B
     """
     stage = set_stage(apache, partitions=PARTITIONS, delivery="exactly-once")
     ledger = stage.ledger
-    apache.alter_brokers(transaction_partition_verification_enable="false")  # else nobody could write such a record
-    try:
-        asyncio.run(write_outside_of_any_transaction(apache, f"{stage.group}/{ledger.input}/0", ledger.output))
-    finally:
-        apache.alter_brokers(transaction_partition_verification_enable="true")
+    with unverified(apache):
+        asyncio.run(write_outside_of_any_transaction(apache, f"{stage.group}/{ledger.input}/0", ledger.output, 0))
     service = stage.start(partitions=PARTITIONS)
     load = Load(ledger)
     load.put(320)
@@ -126,14 +134,128 @@ def test_what_the_broker_has_forgotten_of_a_former_owner_is_never_seen(apache: B
 FORGOTTEN = b"of a transaction that nobody knows"
 
 
-async def write_outside_of_any_transaction(broker: Broker, transactional_id: str, topic: str) -> None:
-    """Write a record of a transaction to partition 0 without telling the coordinator."""
-    producer = AIOKafkaProducer(bootstrap_servers=broker.bootstrap, transactional_id=transactional_id)
-    await producer.start()
-    await producer.begin_transaction()
-    producer._txn_manager._txn_partitions.add(TopicPartition(topic, 0))
-    await producer.send_and_wait(topic, FORGOTTEN, partition=0)
-    await producer.stop()
+@contextmanager
+def unverified(broker: Broker) -> Iterator[None]:
+    """Have the broker take records of transactions that their coordinator does not know."""
+    broker.alter_brokers(transaction_partition_verification_enable="false")
+    try:
+        yield
+    finally:
+        broker.alter_brokers(transaction_partition_verification_enable="true")
+
+
+async def write_outside_of_any_transaction(
+    broker: Broker, transactional_id: str, topic: str, partition: int, *, after: str | None = None
+) -> None:
+    """Write a record of a transaction without telling the coordinator; *after* a commit or an abort of another one."""
+    async with AIOKafkaProducer(bootstrap_servers=broker.bootstrap, transactional_id=transactional_id) as producer:
+        await producer.begin_transaction()
+        if after is not None:
+            await producer.send_and_wait(topic, b"of a transaction that is known", partition=partition)
+            await (producer.commit_transaction() if after == "commit" else producer.abort_transaction())
+            async with Cluster(reached(broker)) as cluster:
+                await completed(cluster, transactional_id)
+            await producer.begin_transaction()
+        place = TopicPartition(topic, partition)
+        producer._txn_manager._txn_partitions.add(place)
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await producer.send_and_wait(topic, FORGOTTEN, partition=partition)
+                except InvalidTxnState:  # a broker takes over its settings in a moment
+                    producer._txn_manager.increment_sequence_number(place, -1)
+                    await asyncio.sleep(0.1)
+                else:
+                    return
+
+
+@pytest.mark.slow
+def test_what_the_broker_has_forgotten_is_ended_as_it_was_decided(apache: Broker) -> None:
+    """I1: what its coordinator counts as committed becomes visible, be it late; what it does not is never seen."""
+    output = apache.create_topic("responses", partitions=2)
+    group = f"{output}-group"
+    with unverified(apache):
+        for partition, end in enumerate(("commit", "abort")):
+            writing = write_outside_of_any_transaction(
+                apache, f"{group}/operations/{partition}", output, partition, after=end
+            )
+            asyncio.run(writing)
+    reader = Reader(apache, output, isolation="read_committed")
+    assert [answer.value for answer in reader.poll(1.0)] == [b"of a transaction that is known"], "void: not forgotten"
+
+    asyncio.run(own_both_partitions(apache, group, output))
+
+    assert [answer.value for answer in reader.read_to_end()] == [FORGOTTEN]
+    reader.close()
+
+
+async def own_both_partitions(broker: Broker, group: str, output: str) -> None:
+    """Start the producers of the next owner."""
+    config = reached(broker, group_id=group)
+    transactions = Transactions(
+        group_id=group,
+        ask_cluster=partial(Cluster, config),
+        make_producer=partial(make_transactional_producer, config),
+        interval_seconds=0.1,
+        output=partial(TopicPartition, output),
+        dead_letters=None,
+    )
+
+    async def unasked() -> Any:
+        raise AssertionError
+
+    for number in range(2):
+        writer = transactions.writer(
+            TopicPartition("operations", number),
+            is_member=unasked,
+            committed=unasked,
+            map_size=SizeLimit(),
+            failed=lambda error: pytest.fail(repr(error)),
+        )
+        async with asyncio.timeout(30):
+            await writer.start()
+        await writer.stop()
+
+
+@pytest.mark.slow
+def test_what_is_asked_of_a_coordinator_is_answered_with_the_truth(apache: Broker) -> None:
+    """I1, I2: how a transaction was decided, and who leads what its markers go to, in the broker's own bytes."""
+    topic = apache.create_topic("responses", partitions=2)
+    asyncio.run(compare_with_the_truth(apache, f"{topic}/group", topic))
+
+
+def reached(broker: Broker, **kafka: str) -> Config:
+    """A configuration."""
+    return Config.model_validate({"kafka": {"bootstrap_servers": [broker.bootstrap], **kafka}})
+
+
+async def completed(cluster: Cluster, transactional_id: str) -> TransactionState:
+    """Wait for the markers of the last transaction."""
+    async with asyncio.timeout(30):
+        while (state := await cluster.transaction(transactional_id)) is None or not state.complete:  # noqa: ASYNC110 - a broker's event
+            await asyncio.sleep(0.01)
+        return state
+
+
+async def compare_with_the_truth(broker: Broker, transactional_id: str, topic: str) -> None:
+    """Play one transaction after another and ask for each."""
+    async with asyncio.timeout(60), Cluster(reached(broker)) as cluster:
+        assert await cluster.transaction(transactional_id) == TransactionState("Empty"), "nobody has used it"
+        async with AIOKafkaProducer(bootstrap_servers=broker.bootstrap, transactional_id=transactional_id) as producer:
+            assert await cluster.transaction(transactional_id) == TransactionState("Empty")
+            for end, committed in ((producer.commit_transaction, True), (producer.abort_transaction, False)):
+                await producer.begin_transaction()
+                await producer.send_and_wait(topic, b"", partition=0)
+                ongoing = await cluster.transaction(transactional_id)
+                assert ongoing == TransactionState("Ongoing")
+                assert (ongoing.committed, ongoing.complete) == (None, False)
+                await end()
+                assert (await completed(cluster, transactional_id)).committed is committed
+        places = [(topic, 0), (topic, 1), (topic, 2), (f"{topic}-missing", 0)]
+        assert await cluster.marker_leaders(transactional_id, f"{topic}-group", places) == {
+            (topic, 0): (1, 0),
+            (topic, 1): (1, 0),
+        }
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import asyncio
 import pytest
 import uvloop
 from aiokafka.conn import AIOKafkaConnection
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import IncompatibleBrokerVersion, KafkaConnectionError
 from aiokafka.protocol.metadata import MetadataRequest
 
 from consumer.kafka import clients
 from consumer.kafka.topic_ids import TopicIdsRequest
+from consumer.kafka.transaction_states import TransactionStateRequest
 
 
 async def ended_connection() -> AIOKafkaConnection:
@@ -43,13 +44,15 @@ def test_a_connection_that_has_ended_is_a_broken_connection_whatever_the_loop_sa
         runner.run(scenario())
 
 
-async def test_a_version_that_the_broker_does_not_speak_is_told_as_such() -> None:
-    """Contract 5: brokers without topic ids are worked with, and their connections stay."""
+async def test_what_the_broker_does_not_speak_is_told_as_such() -> None:
+    """Contract 5: brokers without topic ids, or states of transactions, are worked with; their connections stay."""
     connection = AIOKafkaConnection("127.0.0.1", 9)
     connection._writer = writer = object()  # which is not written to
     connection._versions = {TopicIdsRequest.API_KEY: (0, 11)}
 
     with pytest.raises(NotImplementedError):
         connection.send(TopicIdsRequest(["operations"]))
+    with pytest.raises(IncompatibleBrokerVersion):
+        connection.send(TransactionStateRequest("group/operations/3"))
 
     assert connection._writer is writer

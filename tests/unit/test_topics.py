@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from aiokafka.errors import KafkaConnectionError, NodeNotReadyError
+from aiokafka.errors import IncompatibleBrokerVersion, KafkaConnectionError, NodeNotReadyError
 from aiokafka.protocol.admin import (
     CreateTopicsResponse_v3,
     DescribeConfigsResponse_v2,
     DescribeGroupsResponse_v3,
 )
 from aiokafka.protocol.commit import OffsetFetchResponse_v3
-from aiokafka.protocol.coordination import FindCoordinatorResponse_v1
+from aiokafka.protocol.coordination import FindCoordinatorRequest, FindCoordinatorResponse_v1
 from aiokafka.protocol.metadata import MetadataRequest, MetadataResponse_v5
 from aiokafka.protocol.offset import OffsetResponse_v3
 
@@ -22,6 +22,7 @@ from consumer.config import Config
 from consumer.errors import ConfigError
 from consumer.kafka import topics
 from consumer.kafka.diagnosis import Reason
+from consumer.kafka.topic_ids import TopicIdsRequest
 from consumer.kafka.topics import (
     LATEST,
     Cluster,
@@ -35,9 +36,11 @@ from consumer.kafka.topics import (
     is_compacted,
     needed_topics,
 )
+from consumer.kafka.transaction_states import TransactionState, TransactionStateRequest
 
 NO_ERROR, UNKNOWN_TOPIC, LOADING, NOT_COORDINATOR, TOPIC_DENIED, GROUP_DENIED = 0, 3, 14, 16, 29, 30
 UNEXPECTED, EXISTS, BAD_REPLICATION, CONFIG_DENIED = -1, 36, 38, 29
+NOT_AVAILABLE, UNSUPPORTED, ID_DENIED, ID_UNKNOWN = 15, 35, 53, 105
 
 
 def metadata(*named: tuple[str, int, list[int]]) -> MetadataResponse_v5:
@@ -60,6 +63,20 @@ def commits(error: int, *entries: tuple[str, int, int, str, int]) -> OffsetFetch
 
 
 COORDINATOR = FindCoordinatorResponse_v1(0, NO_ERROR, None, 1, "127.0.0.1", 9092)
+
+
+def transaction(error: int, state: str) -> Any:
+    """An answer to DescribeTransactions."""
+    return TransactionStateRequest._CLASSES[0].RESPONSE_TYPE(0, [(error, "id", state, 0, 0, 7, 0, [], {})], {})
+
+
+def led(*named: tuple[str, int, list[tuple[int, int]]]) -> Any:
+    """An answer of the metadata request that tells leader epochs: topics as (name, error, [(leader, epoch)])."""
+    described: list[tuple[Any, ...]] = [
+        (error, name, None, False, [(0, at, *leader, [], [], [], {}) for at, leader in enumerate(leaders)], 0, {})
+        for name, error, leaders in named
+    ]
+    return TopicIdsRequest._CLASSES[0].RESPONSE_TYPE(0, [], "", 1, described, {})
 
 
 class ScriptedClient:
@@ -256,6 +273,75 @@ class TestAsking:
         client.answers["OffsetRequest"] = [OffsetResponse_v3(0, [("t", [(0, NO_ERROR, -1, 3)])])]
 
         assert await ask(lambda cluster: cluster.offsets([("t", 0)], LATEST)) == {("t", 0): 3}
+
+    async def test_a_transaction_is_described_by_its_coordinator(self, client: ScriptedClient) -> None:
+        """Exactly-once: how it was decided; a coordinator that loads or has moved has not said anything."""
+        client.answers["FindCoordinatorRequest"] = [FindCoordinatorResponse_v1(0, NO_ERROR, None, 4, "127.0.0.1", 9092)]
+        client.answers["TransactionStateRequest"] = [
+            transaction(LOADING, ""),
+            transaction(NOT_COORDINATOR, ""),
+            transaction(NO_ERROR, "CompleteCommit"),
+        ]
+
+        found = await ask(lambda cluster: cluster.transaction("id"))
+
+        assert found == TransactionState("CompleteCommit")
+        assert (found.committed, found.complete) == (True, True)
+        assert {node for node, request in client.sent if isinstance(request, TransactionStateRequest)} == {4}
+        asked = [request for _, request in client.sent if isinstance(request, FindCoordinatorRequest)]
+        assert {(request._coordinator_key, request._coordinator_type) for request in asked} == {("id", 1)}
+
+    async def test_an_id_that_nobody_has_used_has_no_transaction(self, client: ScriptedClient) -> None:
+        """Nor is there anything to be completed."""
+        client.answers["TransactionStateRequest"] = [transaction(ID_UNKNOWN, "")]
+
+        found = await ask(lambda cluster: cluster.transaction("id"))
+
+        assert (found.committed, found.complete) == (None, True)
+
+    @pytest.mark.parametrize(
+        "answer",
+        [transaction(ID_DENIED, ""), transaction(UNSUPPORTED, ""), IncompatibleBrokerVersion(), NotImplementedError()],
+        ids=["denied", "unsupported", "unknown request", "unknown version"],
+    )
+    async def test_a_broker_that_does_not_tell_of_transactions_is_worked_with(
+        self, client: ScriptedClient, answer: Any
+    ) -> None:
+        """Those before 3.0; they do not forget either."""
+        client.answers["TransactionStateRequest"] = [answer]
+
+        assert await ask(lambda cluster: cluster.transaction("id")) is None
+
+    async def test_the_coordinator_itself_says_who_leads_what_it_writes_markers_to(
+        self, client: ScriptedClient
+    ) -> None:
+        """Another broker may know more, or less; what does not exist is left out, what is not led is waited for."""
+        at_four = FindCoordinatorResponse_v1(0, NO_ERROR, None, 4, "127.0.0.1", 9092)
+        lost = FindCoordinatorResponse_v1(0, NOT_AVAILABLE, None, -1, "", 0)
+        client.answers["FindCoordinatorRequest"] = [at_four, at_four, lost, at_four]
+        client.answers["TopicIdsRequest"] = [
+            led(("r", NO_ERROR, [(1, 3), (-1, 4)]), ("dlq", UNKNOWN_TOPIC, [])),
+            led(("r", NO_ERROR, [(1, 3), (1, 5)]), ("dlq", UNKNOWN_TOPIC, [])),
+        ]
+
+        found = await ask(lambda cluster: cluster.marker_leaders("id", "g", [("r", 1), ("dlq", 0)]))
+
+        assert found == {("r", 1): (1, 5)}
+        asked = [(node, request) for node, request in client.sent if isinstance(request, FindCoordinatorRequest)]
+        assert [(node, request._coordinator_key) for node, request in asked] == [
+            (1, "id"),  # r/1 is not led
+            (1, "id"),
+            (4, "g"),  # the offsets are not
+            (1, "id"),
+            (4, "g"),
+        ]
+        assert {node for node, request in client.sent if isinstance(request, TopicIdsRequest)} == {4}
+
+    async def test_a_broker_that_does_not_tell_leader_epochs_is_worked_with(self, client: ScriptedClient) -> None:
+        """As above."""
+        client.answers["TopicIdsRequest"] = [NotImplementedError()]
+
+        assert await ask(lambda cluster: cluster.marker_leaders("id", "g", [("r", 0)])) is None
 
     async def test_a_group_is_described_by_its_coordinator(self, client: ScriptedClient) -> None:
         """State and members; no group at all is Dead."""

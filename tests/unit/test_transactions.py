@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
+from typing import Self
 
 import pytest
 from aiokafka import TopicPartition
@@ -18,12 +19,15 @@ from aiokafka.errors import (
     OffsetMetadataTooLargeError,
     ProducerFenced,
     RequestTimedOutError,
+    TopicAuthorizationFailedError,
 )
+from aiokafka.producer.transaction_manager import TransactionManager
 from aiokafka.structs import OffsetAndMetadata
 
 from consumer.assignment import Owner
 from consumer.kafka import transactions as transactions_module
 from consumer.kafka.topics import ClusterUnavailable
+from consumer.kafka.transaction_states import TransactionState
 from consumer.kafka.transactions import CommitForgotten, TransactionWriter
 from consumer.offset_map import SizeLimit
 from gates import settled
@@ -52,16 +56,28 @@ class Log:
         self.transactions: list[int] = []
         """Records of each committed transaction."""
         self.committed: tuple[int, str] | None = None
-        self.failures: dict[str, deque[Exception]] = {}
-        """By step: what the next ones raise."""
+        self.failures: dict[str, deque[Exception | Callable[[], object]]] = {}
+        """By step: what the next ones raise, or call, which raises."""
         self.commit_answers_lost = 0
         """So many commits take effect, and fail."""
         self.markers_lost = 0
-        """So many commits are answered, late, and take no effect; their records become part of the next one."""
+        """So many commits are decided, late, and take no effect; they become part of the next one."""
         self.output_markers_lost = 0
-        """So many commits fail, and only their offsets take effect."""
+        """So many commits are decided, and only their offsets take effect."""
         self.forgotten: list[tuple[TopicPartition, bytes | None]] = []
         """Records of theirs."""
+        self.forgotten_offsets: tuple[int, str] | None = None
+        """And their offsets."""
+        self.state: str | None = "Empty"
+        """Of the last transaction, as its coordinator knows it; None where brokers do not tell."""
+        self.markers_under_way = 0
+        """So many questions find the markers not yet written."""
+        self.leaders: dict[TopicPartition, tuple[int, int]] = {OUTPUT: (1, 0), DEAD: (1, 0)}
+        """Of partitions that there are."""
+        self.elections = 0
+        """So many sweeps meet partitions that change hands."""
+        self.denied: set[TopicPartition] = set()
+        """What may not be written to."""
         self.coordinator_answers = True
         self.now = 0.0
         """Seconds on the writer's clock."""
@@ -72,15 +88,18 @@ class Log:
         """What the next questions for it are answered; after them `member` counts."""
         self.producers: list[ProducerDouble] = []
 
-    def fail(self, step: str, *errors: Exception) -> None:
-        """Have a step fail: start, send, offsets, commit, question."""
+    def fail(self, step: str, *errors: Exception | Callable[[], object]) -> None:
+        """Have a step fail: start, begin, sweep, swept, send, offsets, commit, question."""
         self.failures.setdefault(step, deque()).extend(errors)
 
     def step(self, name: str) -> None:
         """Come to a step."""
         failures = self.failures.get(name)
         if failures:
-            raise failures.popleft()
+            failure = failures.popleft()
+            if isinstance(failure, Exception):
+                raise failure
+            failure()
 
     def make(self) -> ProducerDouble:
         """Make a producer; it fences the one before."""
@@ -103,6 +122,54 @@ class Log:
     async def committed_now(self) -> tuple[int, str] | None:
         self.step("question")
         return self.committed
+
+    def ask_cluster(self) -> ClusterDouble:
+        return ClusterDouble(self)
+
+    def end(self, *, commit: bool) -> None:
+        """Write the markers of a transaction: they end what has been forgotten too."""
+        if commit:
+            self.records.extend(self.forgotten)
+            self.committed = self.forgotten_offsets or self.committed
+        self.forgotten.clear()
+        self.forgotten_offsets = None
+        self.state = self.state and ("CompleteCommit" if commit else "CompleteAbort")
+
+    def begun(self) -> None:
+        """A transaction has come to its coordinator."""
+        self.state = self.state and "Ongoing"
+
+
+class ClusterDouble:
+    """The client for questions."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    async def transaction(self, transactional_id: str) -> TransactionState | None:
+        assert transactional_id == "group/operations/3"
+        self.log.step("question")
+        if self.log.state is None:
+            return None
+        if self.log.markers_under_way:
+            self.log.markers_under_way -= 1
+            return TransactionState(self.log.state.replace("Complete", "Prepare"))
+        return TransactionState(self.log.state)
+
+    async def marker_leaders(
+        self, transactional_id: str, group: str, partitions: Sequence[TopicPartition]
+    ) -> dict[TopicPartition, tuple[int, int]] | None:
+        assert (transactional_id, group) == ("group/operations/3", "group")
+        self.log.step("leaders")
+        if self.log.state is None:
+            return None
+        return {one: self.log.leaders[one] for one in partitions if one in self.log.leaders}
 
 
 class Batch:
@@ -133,13 +200,20 @@ class ProducerDouble:
         """Where the transaction under way will have its marker."""
         self._sender = SimpleNamespace(sender_task=None, _do_add_offsets_to_txn=self._add_offsets)
         self._txn_manager = SimpleNamespace(
-            _pid_waiter=None, _transaction_waiter=None, maybe_add_partition_to_txn=self.swept.add
+            _pid_waiter=None,
+            _transaction_waiter=None,
+            maybe_add_partition_to_txn=self._add_partition,
+            wait_for_transaction_end=lambda: self.failed,
         )
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._message_accumulator = SimpleNamespace(_pending_batches=set(), _batches={})
         self.client = SimpleNamespace(close=self._closed)
 
     async def start(self) -> None:
+        if self.log.state == "Ongoing":
+            self.log.end(commit=False)
         self.log.step("start")
+        self.log.state = self.log.state and "Empty"
 
     async def stop(self) -> None:
         self.stopped = True
@@ -149,7 +223,13 @@ class ProducerDouble:
 
     async def begin_transaction(self) -> None:
         assert not self.stopped
+        self.log.step("begin")
         self.open.clear()
+
+    def _add_partition(self, target: TopicPartition) -> None:
+        self.swept.add(target)
+        if target in self.log.denied:
+            self.failed.set_exception(TopicAuthorizationFailedError({target.topic}))
 
     async def _add_offsets(self, group: str) -> bool:
         """The client's own: False where it is to be asked again."""
@@ -157,17 +237,28 @@ class ProducerDouble:
         self.log.coordinator_answers = not self.log.coordinator_answers
         if self.log.coordinator_answers:
             self.swept.add(group)
+            self.log.begun()
         return self.log.coordinator_answers
 
     async def abort_transaction(self) -> None:
-        assert self.swept == {OUTPUT, DEAD, "group"}
+        self._end_sweep(commit=False)
+
+    def _end_sweep(self, *, commit: bool) -> None:
+        self.log.step("swept")
+        assert self.swept == {*self.log.leaders, "group"} - self.log.denied
         self.swept.clear()
-        self.log.forgotten.clear()
+        if self.log.elections:
+            self.log.elections -= 1
+            self.log.leaders = {one: (leader, epoch + 2) for one, (leader, epoch) in self.log.leaders.items()}
+            self.log.state = "CompleteCommit" if commit else "CompleteAbort"
+            return
+        self.log.end(commit=commit)
 
     def create_batch(self) -> Batch:
         return Batch()
 
     async def send_batch(self, batch: Batch, topic: str, *, partition: int) -> asyncio.Future[None]:
+        self.log.begun()
         self.log.step("send")
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if any(len(value or b"") > self.log.value_max for value in batch.values):
@@ -179,6 +270,7 @@ class ProducerDouble:
 
     async def send_offsets_to_transaction(self, offsets: dict[TopicPartition, OffsetAndMetadata], group: str) -> None:
         assert group == "group"
+        self.log.begun()
         self.log.step("offsets")
         ((partition, point),) = offsets.items()
         assert partition == INPUT
@@ -188,29 +280,28 @@ class ProducerDouble:
 
     async def commit_transaction(self) -> None:
         if self.swept:
-            assert self.swept == {OUTPUT, DEAD, "group"}
-            self.swept.clear()
-            self.log.records.extend(self.log.forgotten)
-            self.log.forgotten.clear()
+            self._end_sweep(commit=True)
             return
         self.log.step("commit")
         assert self.offsets is not None
-        if self.log.output_markers_lost:
-            self.log.output_markers_lost -= 1
-            self.log.forgotten.extend(self.open)
-            self.log.committed = (self.offsets.offset, self.offsets.metadata)
-            raise RequestTimedOutError
-        if self.log.markers_lost:
-            self.log.markers_lost -= 1
-            self.log.forgotten.extend(self.open)
-            self.log.now += 60
-            return
-        self.log.records.extend([*self.log.forgotten, *self.open])
-        self.log.forgotten.clear()
-        self.log.transactions.append(len(self.open))
-        self.log.committed = (self.offsets.offset, self.offsets.metadata)
-        if self.log.commit_answers_lost:
-            self.log.commit_answers_lost -= 1
+        log, offsets = self.log, (self.offsets.offset, self.offsets.metadata)
+        log.transactions.append(len(self.open))
+        if log.markers_lost or log.output_markers_lost:
+            log.state = log.state and "CompleteCommit"
+            log.forgotten.extend(self.open)
+            if log.markers_lost:
+                log.markers_lost -= 1
+                log.forgotten_offsets = offsets
+                log.now += 60
+            else:
+                log.output_markers_lost -= 1
+                log.committed = offsets
+        else:
+            log.forgotten.extend(self.open)
+            log.end(commit=True)
+            log.committed = offsets
+        if log.commit_answers_lost:
+            log.commit_answers_lost -= 1
             raise RequestTimedOutError
 
 
@@ -260,8 +351,11 @@ class Rig:
         self.limit = SizeLimit()
         self.writer = TransactionWriter(
             INPUT,
-            targets=[OUTPUT, DEAD],
+            output=OUTPUT,
+            dead_letters=DEAD,
             group_id="group",
+            transactional_id="group/operations/3",
+            ask_cluster=self.log.ask_cluster,  # type: ignore[arg-type]  # a double
             make_producer=self.log.make,  # type: ignore[arg-type]  # a double
             interval_seconds=0.0,
             is_member=self.log.is_member,
@@ -413,14 +507,79 @@ async def test_whether_a_commit_took_effect_is_asked_until_there_is_an_answer(ri
     assert not rig.log.failures["question"]
 
 
-async def test_a_new_producer_ends_what_a_broker_has_forgotten_before_anything_else(rig: Rig) -> None:
+@pytest.mark.parametrize("state", ["Empty", "Ongoing", "PrepareAbort", "CompleteAbort", "PrepareEpochFence", None])
+async def test_what_was_not_committed_is_aborted_before_anything_else(rig: Rig, state: str | None) -> None:
     """I2: else it would become visible with the first thing that is committed."""
-    rig.log.forgotten = [(OUTPUT, b"forgotten")]
-    rig.append(0, b"0")
-    await rig.begun()
+    rig.log.forgotten, rig.log.forgotten_offsets = [(OUTPUT, b"forgotten")], (7, "")
+    rig.log.state = state
+    await rig.writer.start()
 
-    await rig.acknowledged(0)
-    assert rig.values() == [b"0"]
+    assert (rig.log.forgotten, rig.log.records, rig.log.committed) == ([], [], None)
+
+
+@pytest.mark.parametrize("state", ["PrepareCommit", "CompleteCommit"])
+async def test_what_was_committed_is_completed_before_anything_else(rig: Rig, state: str) -> None:
+    """I1: whoever reads the offsets next takes it for answered, or answers it again."""
+    rig.log.forgotten, rig.log.forgotten_offsets = [(OUTPUT, b"forgotten")], (7, "")
+    rig.log.state = state
+    await rig.writer.start()
+
+    assert (rig.values(), rig.log.committed) == ([b"forgotten"], (7, ""))
+
+
+async def test_a_decision_stands_for_all_attempts_to_start(rig: Rig) -> None:
+    """I1: the first of them makes the coordinator forget it."""
+    rig.log.forgotten = [(OUTPUT, b"forgotten")]
+    rig.log.state = "CompleteCommit"
+    rig.log.fail("begin", OSError("reset"))
+    await rig.writer.start()
+
+    assert rig.values() == [b"forgotten"]
+    assert len(rig.log.producers) == 2
+
+
+async def test_how_it_was_decided_is_asked_until_there_is_an_answer(rig: Rig) -> None:
+    """I1: no producer is started before, which would make the coordinator forget it."""
+    rig.log.forgotten = [(OUTPUT, b"forgotten")]
+    rig.log.state = "CompleteCommit"
+    rig.log.fail("question", ClusterUnavailable("away"), ClusterUnavailable("away"))
+    await rig.writer.start()
+
+    assert rig.values() == [b"forgotten"]
+
+
+async def test_a_sweep_waits_until_all_is_led(rig: Rig) -> None:
+    """I2: it would be forgotten itself."""
+    rig.log.forgotten = [(OUTPUT, b"forgotten")]
+    rig.log.fail("leaders", ClusterUnavailable("not led by any broker"))
+    began: list[int] = []
+    rig.log.fail("begin", lambda: began.append(len(rig.log.failures["leaders"])))
+    await rig.writer.start()
+
+    assert began == [0]
+    assert rig.log.forgotten == []
+
+
+async def test_a_sweep_is_over_when_its_markers_are_written(rig: Rig) -> None:
+    """I2: an answer says only that they are going to be."""
+    rig.log.markers_under_way = 3
+    rig.log.state = "CompleteAbort"
+    await rig.writer.start()
+
+    assert rig.log.markers_under_way == 0
+
+
+@pytest.mark.parametrize("state", ["CompleteCommit", "CompleteAbort"])
+async def test_a_sweep_during_which_a_leader_was_lost_is_repeated(rig: Rig, state: str) -> None:
+    """I1, I2: its markers may have been forgotten too."""
+    rig.log.forgotten = [(OUTPUT, b"forgotten")]
+    rig.log.state = state
+    rig.log.elections = 2
+    await rig.writer.start()
+
+    assert rig.log.forgotten == []
+    assert rig.values() == ([b"forgotten"] if state == "CompleteCommit" else [])
+    assert len(rig.log.producers) == 3
 
 
 async def test_a_producer_that_cannot_sweep_is_replaced(rig: Rig) -> None:
@@ -435,24 +594,162 @@ async def test_a_producer_that_cannot_sweep_is_replaced(rig: Rig) -> None:
     assert [producer.stopped for producer in rig.log.producers] == [True, False]
 
 
-async def test_a_commit_that_a_broker_has_answered_and_forgotten_is_written_again(rig: Rig) -> None:
-    """I1: the next transaction that is aborted would take its records with it."""
-    rig.log.markers_lost = 1
+async def test_without_an_output_topic_nothing_begins(rig: Rig) -> None:
+    """It may come back, with what was left open in it."""
+    output = rig.log.leaders.pop(OUTPUT)
+    starting = asyncio.create_task(rig.writer.start())
+    await until(lambda: len(rig.log.producers) > 2)
+    assert rig.writer.stuck
+
+    rig.log.leaders[OUTPUT] = output
+    await starting
+
+
+@pytest.mark.parametrize("denied", [False, True], ids=["gone", "denied"])
+async def test_a_dead_letter_topic_that_is_not_there_keeps_only_dead_letters_waiting(
+    rig: Rig, caplog: pytest.LogCaptureFixture, denied: bool
+) -> None:
+    """Contract 3: responses are written; who operates the service is told, once; a dead letter waits for its sweep."""
+    there = dict(rig.log.leaders)
+    if denied:
+        rig.log.denied = {DEAD}
+    else:
+        del rig.log.leaders[DEAD]
+    rig.log.forgotten = [(DEAD, b"forgotten")]
     rig.append(0, b"0")
     await rig.begun()
+    await rig.acknowledged(0)
+    rig.log.fail("commit", ProducerFenced())
+    rig.append(1, b"1")
+    await rig.acknowledged(0, 1)
+    assert len([record for record in caplog.records if "dead letter topic" in record.getMessage()]) == 1
+
+    rig.log.state, rig.log.forgotten = "CompleteAbort", [(DEAD, b"forgotten")]  # the double's markers are everywhere
+    rig.append(2, b"letter", DEAD)
+    rig.append(2, b"2")
+    await until(lambda: rig.writer.stuck)
+    rig.log.denied, rig.log.leaders = set(), there
+    await rig.acknowledged(0, 1, 2, 2)
+    assert (rig.values(), rig.values(DEAD)) == ([b"0", b"1", b"2"], [b"letter"])
+
+
+def trip() -> None:
+    """What the client raises when it hears of an outage at a moment that it does not expect."""
+    TransactionManager("group/operations/3", 1).begin_transaction()
+
+
+def trip_over_a_future() -> None:
+    """The other kind."""
+    manager = TransactionManager("group/operations/3", 1)
+    manager.set_pid_and_epoch(1, 0)
+    manager.set_pid_and_epoch(1, 1)
+
+
+@pytest.mark.parametrize("step", ["start", "begin", "sweep", "swept", "send", "offsets", "commit"])
+@pytest.mark.parametrize("defect", [trip, trip_over_a_future])
+async def test_a_client_that_trips_over_itself_is_replaced(rig: Rig, step: str, defect: Callable[[], None]) -> None:
+    """Contract 11: an outage of the brokers ends nothing."""
+    rig.log.fail(step, defect)
+    rig.append(0, b"0")
+    await rig.begun()
+
     await rig.acknowledged(0)
     assert rig.values() == [b"0"]
     assert len(rig.log.producers) == 2
 
 
-async def test_a_commit_of_which_the_records_alone_are_forgotten_is_completed(rig: Rig) -> None:
-    """I1: the offsets say that it took effect, so nobody will write its records again."""
-    rig.log.output_markers_lost = 1
+async def test_a_defect_of_our_own_is_none_of_the_client(rig: Rig) -> None:
+    """It ends the process, as any other."""
+    await rig.begun()
+    rig.log.fail("begin", AssertionError("ours"))
+    rig.append(0, b"0")
+
+    await until(lambda: bool(rig.failures))
+    assert isinstance(rig.failures.pop(), AssertionError)
+
+
+async def test_a_slow_commit_is_followed_by_a_sweep(rig: Rig) -> None:
+    """I1: a broker may have answered and forgotten it, and the next transaction that is aborted would end it."""
+    rig.log.markers_lost = 1
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await rig.acknowledged(0)
+    assert (rig.values(), rig.log.committed) == ([b"0"], (1, ""))
+    assert len(rig.log.producers) == 1
+
+
+@pytest.mark.parametrize("state", ["Empty", None])
+async def test_a_commit_that_was_answered_is_completed_though_its_sweep_fails(rig: Rig, state: str | None) -> None:
+    """I1: its answer stands, also where nobody tells how it was decided."""
+    await rig.begun()
+    rig.log.state = state
+    rig.log.markers_lost = 1
+    rig.log.fail("leaders", ClusterUnavailable("not led by any broker"))
+    rig.append(0, b"0")
+
+    await rig.acknowledged(0)
+    assert (rig.values(), rig.log.committed) == ([b"0"], (1, ""))
+    assert len(rig.log.producers) == 2
+
+
+@pytest.mark.parametrize("markers", ["markers_lost", "output_markers_lost"])
+async def test_a_commit_without_an_answer_that_was_decided_is_completed(rig: Rig, markers: str) -> None:
+    """I1, I2: forgotten in the output, nobody would write it again; in the offsets, it would be there twice."""
+    setattr(rig.log, markers, 1)
+    rig.log.commit_answers_lost = 1
+    rig.append(0, b"0")
+    await rig.begun()
+
+    await rig.acknowledged(0)
+    assert (rig.values(), rig.log.forgotten, rig.log.committed) == ([b"0"], [], (1, ""))
+    assert len(rig.log.producers) == 2
+
+
+async def test_where_nobody_tells_the_offsets_tell_that_a_commit_took_effect(rig: Rig) -> None:
+    """I1: brokers before 3.0; what is left open of it in the output is completed too."""
+    rig.log.state = None
+    rig.log.output_markers_lost = rig.log.commit_answers_lost = 1
     rig.append(0, b"0")
     await rig.begun()
 
     await rig.acknowledged(0)
     assert (rig.values(), rig.log.forgotten) == ([b"0"], [])
+
+
+async def test_the_decision_of_an_earlier_transaction_says_nothing_of_one_that_never_came_to_its_commit(
+    rig: Rig,
+) -> None:
+    """I1: it would be taken for written."""
+    rig.append(0, b"0")
+    await rig.begun()
+    await rig.acknowledged(0)
+    assert rig.log.state == "CompleteCommit"
+
+    rig.log.fail("begin", OSError("reset"))
+    rig.append(1, b"1")
+
+    await rig.acknowledged(0, 1)
+    rig.log.fail("commit", TimeoutError())
+    rig.append(2, b"2")
+
+    await rig.acknowledged(0, 1, 2)
+    assert rig.values() == [b"0", b"1", b"2"]
+
+
+async def test_a_decision_counts_where_the_offsets_tell_nothing(rig: Rig) -> None:
+    """I2: above a gap, where the map is refused, a commit changes nothing there."""
+    rig.log.metadata_max = 0
+    rig.assigned.stuck = rig.assigned.committed = 0
+    rig.log.committed = (0, "")
+    rig.limit.refused(1)
+    rig.assigned.offset_map = "map"
+    rig.log.commit_answers_lost = 1
+    rig.append(1, b"1")
+    await rig.begun()
+
+    await rig.acknowledged(1)
+    assert rig.values() == [b"1"]
 
 
 async def test_a_commit_that_turns_out_to_be_forgotten_ends_the_process(rig: Rig) -> None:
@@ -468,18 +765,6 @@ async def test_a_commit_that_turns_out_to_be_forgotten_ends_the_process(rig: Rig
     await until(lambda: bool(rig.failures))
     assert isinstance(rig.failures.pop(), CommitForgotten)
     assert rig.assigned.acknowledged_tokens == [0]
-
-
-async def test_a_slow_commit_that_is_there_is_left_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is looked up, be it for a while."""
-    monkeypatch.setattr(transactions_module, "SLOW_COMMIT_SECONDS", 0.0)
-    rig.log.fail("question", ClusterUnavailable("away"))
-    rig.append(0, b"0")
-    await rig.begun()
-
-    await rig.acknowledged(0)
-    assert rig.values() == [b"0"]
-    assert (len(rig.log.producers), len(rig.log.failures["question"])) == (1, 0)
 
 
 async def test_a_commit_that_would_have_changed_nothing_is_written_again(rig: Rig) -> None:
