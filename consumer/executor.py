@@ -20,7 +20,8 @@ One *execution* turns (index, operation or error) into (index, response or error
 **Served** (:meth:`StreamExecutor.serve`), what is pulled is at hand without waiting, and who takes the outcomes never
 waits. Then a runner that has finished an operation hands its outcome over, takes the next item and starts that, all in
 one step of its task. The puller only fills the window at first, and whenever the input has had nothing at hand. So an
-operation that waits once costs one turn of the event loop instead of two, and nobody has to be called for it.
+operation that waits once costs one turn of the event loop instead of two, and nobody has to be called for it. Such an
+execution ends at once with what its input or its output raises, whatever is still in flight and for however long.
 
 **Stop** (``aclose``, or the output is forgotten): nothing more is pulled, nothing that waits for its turn begins, no
 outcome is kept. Operations that were ready or running go on to their end; after the last one the permits come back.
@@ -31,7 +32,7 @@ turn on when it has finished. An operation that never suspends needs no turn.
 
 **Cancelled.** Cancelling what an operation runs in gives ``OperationDropped`` for that index alone; the runner ends
 when nothing is ready any more. ``KeyboardInterrupt`` and ``SystemExit``, or a defect of this module, stop the
-execution; they are raised to the consumer once the permits are back.
+execution; they are raised to the consumer once the permits are back (served: at once).
 
 All of it belongs to one event loop. An operation sees a task that others have used before: what it sets in context
 variables stays there.
@@ -217,17 +218,19 @@ class StreamExecutor:
     ) -> None:
         """Execute an input that says what it has at hand, for an output that never waits; return when it is over.
 
-        As :meth:`execute`, for less: every item gives one outcome, which has left the window once it is delivered.
+        As :meth:`execute`, for less: every item gives one outcome, which has left the window once it is delivered. Its
+        input and output are parts of the service, so that what they raise is a defect, and is told at once: an
+        operation that storage holds up may be in flight for hours.
 
         Args:
             take: Returns the next item, or None where something has to be waited for first, or the input is over.
             wait: Waits for that. Called after *take* has returned None, and before it is called again; returns False
                 where the input is over. Cancelled where it waits when the execution is stopped.
-            deliver: Takes one outcome. What it raises stops the execution.
+            deliver: Takes one outcome.
 
         Raises:
             RuntimeError: executed before, or closed.
-            BaseException: what *wait* raised, after all outcomes; what *take* or *deliver* raised.
+            BaseException: what *take*, *wait* or *deliver* raised; as after :meth:`aclose`, operations in flight go on.
 
         Cancellation: as :meth:`aclose`; operations in flight go on.
         """
@@ -351,6 +354,8 @@ class StreamExecutor:
             self._consumer = None
 
     def _is_over(self) -> bool:
+        if self._deliver is not None and (self._fatal is not None or self._input_error is not None):
+            return True
         if self._fatal is not None:
             return self._ended
         return self._stopped or (self._input_over and self._outstanding == 0)

@@ -20,7 +20,7 @@ from aiokafka import ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CorruptRecordException, IllegalStateError, OffsetOutOfRangeError
 from aiokafka.structs import OffsetAndMetadata
 
-from consumer.kafka.topics import EARLIEST, LATEST, ClusterUnavailable, Committed, GroupState, Partition
+from consumer.kafka.topics import EARLIEST, LATEST, ClusterUnavailable, Committed, GroupState, Partition, Topic
 from lanes import Fetched
 
 CommitAnswer = Exception | Callable[[], Awaitable[None]] | None
@@ -287,7 +287,8 @@ class ClusterDouble:
         """Questions wait until this is set."""
         self.asked = 0
         self.ends_unknown = False
-        """Ends of logs are not told: no leader."""
+        """Ends of logs are not told: the leader does not answer."""
+        self.leaderless: set[TopicPartition] = set()
         self.ids: dict[str, UUID] = {}
         """Of topics; by default brokers tell none."""
         self.members: frozenset[str] = frozenset({""})
@@ -313,10 +314,18 @@ class ClusterDouble:
             if partitions is None or partition in partitions
         }
 
+    async def topics(self, names: Iterable[str]) -> dict[str, Topic | None]:
+        await self._question()
+        return {
+            name: Topic(name, {number: -1 if (name, number) in self.leaderless else 0 for number in range(100)})
+            for name in names
+        }
+
     async def offsets(
         self, partitions: Iterable[Partition], at: int, *, committed_only: bool = False
     ) -> dict[Any, int]:
         await self._question()
+        assert not self.leaderless.intersection(partitions), "asked of nobody"
         if at == LATEST and self.ends_unknown:
             raise ClusterUnavailable("no leader")
         asked = [TopicPartition(*partition) for partition in partitions]

@@ -15,9 +15,10 @@ A rebalance, told by aiokafka's listener:
    refused for our membership means *lost*: nothing is drained, H16b, H16c); what was started is finished within the
    drain deadline; the watermarks are committed again; the epoch ends. Reservations go back with their last operation.
 2. Assigned: fetching is paused, the new epoch's preparation is spawned.
-3. Prepared: committed offsets are read, a start is chosen where there is none and committed at once, windows are
-   reserved, each partition is sought to its start and its gate opened. A partition whose older run is not over in this
-   process waits for it (``recovering``), so no record runs twice at the same time here.
+3. Prepared: windows are reserved, committed offsets read, a start is chosen where there is none and committed at once,
+   each partition is sought to its start and its gate opened. Each for itself: a partition without leader, one whose
+   transactional producer cannot start yet, or whose older run is not over in this process (``recovering``, so that no
+   record runs twice at the same time here), holds up no other.
 
 Any exception out of ``getmany`` means that positions are no longer what was handed out (H1): every open partition is
 sought to its own cursor again. Where what the client has fetched of a partition cannot be read (a damaged batch), that
@@ -34,7 +35,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -582,9 +583,7 @@ class Poller(ConsumerRebalanceListener):
             if not run.in_flight:
                 del self._older_runs[partition]
         self._buffer_bytes_max = int(self._pipeline.budget.limit * RESUME_SHARE / max(1, len(partitions)))
-        if not await self._fence(partitions):
-            log.warning("no longer a member of the group: waiting for the next assignment", epoch=self._epoch)
-            return
+        self._make_writers(partitions)
         notes = await self._notes(partitions)
         executors = self._reserve(partitions)
         for partition in partitions:
@@ -604,14 +603,64 @@ class Poller(ConsumerRebalanceListener):
                 poison_limit=self._poison_limits.get(partition),
                 note=notes.get(partition),
             )
-        self.rebalancing = False
-        starts = await self._starts(partitions)
-        ready = [partition for partition in partitions if partition not in self._older_runs]
-        late = [partition for partition in partitions if partition in self._older_runs]
-        for partition in ready:
-            self._begin(partition, starts[partition])
-        self._commit_due.set()  # the chosen starts, at once
-        await asyncio.gather(*(self._begin_after_older_run(partition, starts[partition]) for partition in late))
+        await self._open(partitions)
+
+    async def _open(self, partitions: list[TopicPartition]) -> None:
+        """Open the gate of each partition as soon as it can be; what fails is asked again until there is an answer.
+
+        Exactly-once: that this process is a member is asked *after* producers have started. One that was expelled
+        before may have fenced who owns the partitions now, and must write nothing, or both would.
+
+        Raises:
+            ConfigError: a newer release has been at work in this group.
+
+        Cancellation: by the next rebalance; what is open stays so.
+        """
+        clearing = {asyncio.create_task(self._clear(partition)): partition for partition in partitions}
+        clear: list[TopicPartition] = []
+        failures = 0
+        try:
+            while clearing or clear:
+                wait = RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS)) - 1] if failures else None
+                if clearing:
+                    done, _ = await asyncio.wait(clearing, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()  # a defect is raised
+                        clear.append(clearing.pop(task))
+                elif wait is not None:
+                    await asyncio.sleep(wait)
+                try:
+                    if self._transactions is not None and not await self._is_member():
+                        log.warning("no longer in the group: waiting for the next assignment", epoch=self._epoch)
+                        self.rebalancing = True
+                        return
+                    self.rebalancing = False
+                    starts = await self._starts(sorted(clear))
+                except (ClusterUnavailable, ClusterRefusal) as error:
+                    starts = {}
+                    log.warning("start offsets unknown", error=str(error), failures=failures + 1)
+                for partition, start in starts.items():
+                    clear.remove(partition)
+                    self._begin(partition, start)
+                if starts:
+                    self._commit_due.set()  # the chosen ones, at once
+                failures = failures + 1 if clear else 0
+        finally:
+            for task in clearing:
+                task.cancel()
+            if clearing:
+                await asyncio.wait(clearing)
+
+    async def _clear(self, partition: TopicPartition) -> None:
+        """Wait until nobody else is at work on *partition*: neither a former owner nor this process.
+
+        Exactly-once: the start of its producer ends what the former owner left open (H22).
+        """
+        if partition in self._writers:
+            await self._writers[partition].start()
+        if partition in self._older_runs:
+            await self._older_runs[partition].wait_finished()
+            del self._older_runs[partition]
 
     async def _notes(self, partitions: list[TopicPartition]) -> Mapping[Partition, Note]:
         """Open the notes of what is decoded; none where the disk does not answer, as they are only a belt."""
@@ -625,34 +674,19 @@ class Poller(ConsumerRebalanceListener):
             return {}
         return opening.result()
 
-    async def _fence(self, partitions: list[TopicPartition]) -> bool:
-        """Exactly-once: start each partition's producer, which ends what its former owner left open (H22).
-
-        Returns:
-            False where this process was expelled before all had started: it may have fenced who owns the partitions
-            now, and must write nothing, or both would.
-        """
-        if self._transactions is None:
-            return True
-        self._writers = {
-            partition: self._transactions.writer(
-                partition,
-                is_member=self._is_member,
-                committed=partial(self._committed_now, partition),
-                map_size=self._map_size,
-                failed=self._fatal,
-            )
-            for partition in partitions
-        }
-        await asyncio.gather(*(writer.start() for writer in self._writers.values()))
-        failures = 0
-        while True:
-            try:
-                return await self._is_member()
-            except (ClusterUnavailable, ClusterRefusal) as error:
-                log.warning("membership unknown, asking again", error=str(error))
-            await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])
-            failures += 1
+    def _make_writers(self, partitions: list[TopicPartition]) -> None:
+        """Exactly-once: make the transactions of each partition, not started."""
+        if self._transactions is not None:
+            self._writers = {
+                partition: self._transactions.writer(
+                    partition,
+                    is_member=self._is_member,
+                    committed=partial(self._committed_now, partition),
+                    map_size=self._map_size,
+                    failed=self._fatal,
+                )
+                for partition in partitions
+            }
 
     def _lanes(self, partition: TopicPartition) -> tuple[Lane, Lane | None] | None:
         if self._transactions is None:
@@ -670,11 +704,6 @@ class Poller(ConsumerRebalanceListener):
         async with self._ask_cluster() as cluster:
             found = (await cluster.committed(self._group_id, [partition])).get(partition)
         return None if found is None else (found.offset, found.metadata)
-
-    async def _begin_after_older_run(self, partition: TopicPartition, start: StartPoint) -> None:
-        await self._older_runs[partition].wait_finished()
-        del self._older_runs[partition]
-        self._begin(partition, start)
 
     def _begin(self, partition: TopicPartition, start: StartPoint) -> None:
         assignment = self._assignments[partition]
@@ -715,44 +744,48 @@ class Poller(ConsumerRebalanceListener):
         return executors
 
     async def _starts(self, partitions: list[TopicPartition]) -> dict[TopicPartition, StartPoint]:
-        """Return for each partition where to start, and what is finished above.
+        """Return where to start, and what is finished above; without those that no broker leads, and none can read.
 
         ``latest`` applies only to a topic of which the group has committed nothing at all: a partition without a commit
-        beside others that have one was added later, and its first records must not be skipped. Asked until there is an
-        answer; who asks is cancelled by the next rebalance.
+        beside others that have one was added later, and its first records must not be skipped.
 
         Raises:
+            ClusterUnavailable, ClusterRefusal: not to be had now.
             ConfigError: a newer release has been at work in this group.
         """
-        failures = 0
-        while True:
-            try:
-                async with self._ask_cluster() as cluster:
-                    committed = await cluster.committed(self._group_id)
-                    known = {topic for topic, _ in committed}
-                    chosen = await self._committed_starts(
-                        cluster, {partition: committed[partition] for partition in partitions if partition in committed}
-                    )
-                    for side, at in (("earliest", EARLIEST), ("latest", LATEST)):
-                        uncommitted = [
-                            partition
-                            for partition in partitions
-                            if partition not in committed
-                            and side == ("earliest" if partition.topic in known else self._start_at)
-                        ]
-                        found = await cluster.offsets(uncommitted, at) if uncommitted else {}
-                        chosen |= {partition: StartPoint(found[partition]) for partition in uncommitted}
-                    ids = await cluster.topic_ids({partition.topic for partition in partitions})
-                    return {
-                        partition: replace(start, source=f"{ids[partition.topic]}/{partition.partition}")
-                        if partition.topic in ids
-                        else start
-                        for partition, start in chosen.items()
-                    }
-            except (ClusterUnavailable, ClusterRefusal) as error:
-                log.warning("start offsets unknown", error=str(error), failures=failures + 1)
-            await asyncio.sleep(RETRY_BACKOFF_SECONDS[min(failures, len(RETRY_BACKOFF_SECONDS) - 1)])
-            failures += 1
+        async with self._ask_cluster() as cluster:
+            names = {partition.topic for partition in partitions}
+            topics = await cluster.topics(names)
+            led = [
+                partition
+                for partition in partitions
+                if (topic := topics[partition.topic]) is not None and topic.leaders.get(partition.partition, -1) >= 0
+            ]
+            if without := [partition for partition in partitions if partition not in led]:
+                log.warning("partitions without leader", partitions=[f"{one.topic}/{one.partition}" for one in without])
+            if not led:
+                return {}
+            committed = await cluster.committed(self._group_id)
+            known = {topic for topic, _ in committed}
+            chosen = await self._committed_starts(
+                cluster, {partition: committed[partition] for partition in led if partition in committed}
+            )
+            for side, at in (("earliest", EARLIEST), ("latest", LATEST)):
+                uncommitted = [
+                    partition
+                    for partition in led
+                    if partition not in committed
+                    and side == ("earliest" if partition.topic in known else self._start_at)
+                ]
+                found = await cluster.offsets(uncommitted, at) if uncommitted else {}
+                chosen |= {partition: StartPoint(found[partition]) for partition in uncommitted}
+            ids = await cluster.topic_ids(names)
+            return {
+                partition: replace(start, source=f"{ids[partition.topic]}/{partition.partition}")
+                if partition.topic in ids
+                else start
+                for partition, start in chosen.items()
+            }
 
     async def _committed_starts(
         self, cluster: Cluster, commits: Mapping[TopicPartition, Committed]
@@ -760,35 +793,31 @@ class Poller(ConsumerRebalanceListener):
         """Read the offset maps of *commits*; one that is not to be believed has no effect, which is said aloud.
 
         Raises:
-            ClusterUnavailable: exactly-once, and the ends that maps are compared with are not known: what a map says is
-                finished must not be answered twice, so the partitions wait.
+            ClusterUnavailable, ClusterRefusal: the ends of logs that maps are compared with are not to be had now.
+            ConfigError: a newer release has been at work in this group.
         """
-        ends: dict[Partition, int] = {}
         with_map = [partition for partition, commit in commits.items() if commit.metadata]
-        if with_map:
-            try:
-                ends = await cluster.offsets(with_map, LATEST)
-            except ClusterUnavailable:
-                if self._transactions is not None:
-                    raise
-                # Else a partition without leader must not hold the others up.
+        ends = await cluster.offsets(with_map, LATEST) if with_map else {}
         starts: dict[TopicPartition, StartPoint] = {}
         for partition, commit in commits.items():
-            end = ends.get(partition)
             found = decode(
-                commit.metadata, committed_offset=commit.offset, cluster_id=self._pipeline.cluster_id, end=end
+                commit.metadata,
+                committed_offset=commit.offset,
+                cluster_id=self._pipeline.cluster_id,
+                end=ends.get(partition),
             )
             name = f"{partition.topic}/{partition.partition}"
             if found.reason == "newer_version":
                 raise ConfigError(
                     f"the offset map of {name} was written by a newer release: upgrade, or see `offset-map clear`"
                 )
-            reason = "log_end_unknown" if found.valid and end is None else found.reason
-            if reason not in {None, "absent"}:
-                self._pipeline.counts.offset_maps_dropped[str(reason)] += 1
-                log.warning("offset map not used: what it says is finished runs again", partition=name, reason=reason)
+            if found.reason not in {None, "absent"}:
+                self._pipeline.counts.offset_maps_dropped[str(found.reason)] += 1
+                log.warning(
+                    "offset map not used: what it says is finished runs again", partition=name, reason=found.reason
+                )
             starts[partition] = StartPoint(
-                commit.offset, committed=True, metadata=commit.metadata, finished=() if reason else found.finished
+                commit.offset, committed=True, metadata=commit.metadata, finished=() if found.reason else found.finished
             )
         return starts
 
@@ -951,7 +980,9 @@ class Poller(ConsumerRebalanceListener):
 
     def _seen(self, partition: TopicPartition, shared: list[str]) -> PartitionSeen:
         self._look_at_the_log_end(partition)
-        reasons = [*shared, "unreadable"] if partition in self._unreadable else shared
+        reasons = self._reasons(partition, shared)
+        if partition in self._unreadable:
+            reasons.append("unreadable")
         older = self._older_runs.get(partition)
         return self._assignments[partition].seen(reasons, None if older is None else older.oldest())
 
@@ -993,9 +1024,14 @@ class Poller(ConsumerRebalanceListener):
             reasons.append("bytes")
         if self._storage_blocked():
             reasons.append("storage_unavailable")
-        if self._output_stuck() or any(writer.stuck for writer in self._writers.values()):
+        if self._output_stuck():
             reasons.append("output")
         return reasons
+
+    def _reasons(self, partition: TopicPartition, shared: Sequence[str]) -> list[str]:
+        """Reasons for which one partition waits: the shared ones, and those that are told here alone."""
+        writer = self._writers.get(partition)
+        return [*shared, "output"] if writer is not None and writer.stuck and "output" not in shared else [*shared]
 
     def snapshot(self) -> list[PartitionState]:
         """Describe every assigned partition, sorted."""
@@ -1003,7 +1039,9 @@ class Poller(ConsumerRebalanceListener):
         states = []
         for partition in sorted(self._assignments):
             self._look_at_the_log_end(partition)
-            reasons = [*shared, "recovering"] if partition in self._older_runs else shared
+            reasons = self._reasons(partition, shared)
+            if partition in self._older_runs:
+                reasons.append("recovering")
             states.append(self._assignments[partition].snapshot(reasons))
         return states
 

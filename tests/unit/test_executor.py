@@ -1439,6 +1439,24 @@ class TestServed:
 
         assert served.stream.limiter.in_use == 0
 
+    @pytest.mark.parametrize("side", ["input", "output"])
+    async def test_a_defect_is_told_though_an_operation_is_held_up(self, side: str) -> None:
+        """By storage that is away, it may be for hours; its permits come back when it has ended."""
+        storage = GatedStorage("a")
+        served = Served(storage, 3)
+        served.feed((0, head("a")))
+        await settled()
+        served.takes_nothing = True
+        served.feed((1, DecodeError("poison")) if side == "input" else (1, head("b")))
+
+        with pytest.raises(ValueError, match="not taken"):
+            await asyncio.wait_for(served.task, 5)
+
+        assert served.stream.limiter.in_use == 3
+        storage.let_go("a")
+        await asyncio.wait_for(served.executor.wait_finished(), 5)
+        assert served.stream.limiter.in_use == 0
+
     async def test_cancelled_it_leaves_what_runs_to_its_end(self) -> None:
         """The permits come back after the last operation, whose outcome nobody hears of."""
         storage = GatedStorage("a")

@@ -575,17 +575,40 @@ class TestAssigned:
         await rig.answered(1, 2, 3)
         assert rig.place.counts.offset_maps_dropped == {reason: 1}
 
-    async def test_an_offset_map_is_not_believed_where_the_log_end_is_unknown(self, make: MakeRig) -> None:
-        """H9c: a log that was cut holds other records at the same offsets; a partition without leader does not tell."""
+    async def test_a_partition_waits_until_its_offset_map_can_be_judged(self, make: MakeRig) -> None:
+        """H9c: a log that was cut holds other records at the same offsets; who tells no end gives no records either."""
         rig = make()
         rig.consumer.committed[FIRST] = OffsetAndMetadata(1, encode(1, [(2, 3)], "cluster"))
-        rig.consumer.write(*FIRST, *inserts(0, 4))
+        rig.consumer.write(*FIRST, *inserts(0, 5))
         rig.cluster.ends_unknown = True
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST)
+        await until(lambda: rig.cluster.asked > 5)
+        assert not rig.poller.rebalancing
+        assert rig.state()["position"] is None
 
-        await rig.join(FIRST)
+        rig.cluster.ends_unknown = False
 
-        await rig.answered(1, 2, 3)
-        assert rig.place.counts.offset_maps_dropped == {"log_end_unknown": 1}
+        await rig.answered(1, 4)
+        assert not rig.place.counts.offset_maps_dropped
+
+    @pytest.mark.parametrize("committed", [True, False])
+    async def test_a_partition_without_leader_holds_up_no_other(self, make: MakeRig, *, committed: bool) -> None:
+        """It opens when it has one."""
+        rig = make()
+        if committed:
+            rig.consumer.committed[FIRST] = OffsetAndMetadata(1, encode(1, [(2, 3)], "cluster"))
+        rig.consumer.write(*FIRST, *inserts(0, 4))
+        rig.consumer.write(*SECOND, *inserts(0, 2))
+        rig.cluster.leaderless.add(FIRST)
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST, SECOND)
+        await rig.answered(0, 1)
+        assert rig.state(FIRST)["position"] is None
+
+        rig.cluster.leaderless.clear()
+
+        await rig.answered(0, 1, *([1] if committed else [0, 1, 2, 3]))
 
     async def test_an_offset_map_of_a_newer_release_ends_the_process(self, make: MakeRig) -> None:
         """Contract 3: this one cannot tell what is finished, and would take that knowledge away with its commit."""
@@ -1731,7 +1754,7 @@ class TestExactlyOnce:
         await rig.consumer.rebalance(FIRST)
         await until(lambda: rig.cluster.asked == 1)
         await settled()
-        assert (rig.poller.assigned, rig.poller.rebalancing) == (0, True)
+        assert (rig.state()["position"], rig.poller.not_ready()) == (None, ["rebalancing"])
 
         rig.cluster.members = frozenset({""})
         await rig.consumer.rebalance(FIRST)
@@ -1781,15 +1804,52 @@ class TestExactlyOnce:
         assert rig.consumer.commits == []
         assert transactions.events[-1] == "stop 0"
 
+    async def test_a_producer_that_cannot_start_holds_up_no_other_partition(self, make: MakeRig) -> None:
+        """Its output partition may be without leader for long."""
+        transactions = TransactionsDouble()
+        transactions.held = True
+        rig = make(transactions=transactions)
+        rig.consumer.write(*SECOND, *inserts(0, 2))
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST, SECOND)
+        await until(lambda: SECOND in transactions.writers)
+
+        transactions.writers[SECOND].may_start.set()
+        await until(lambda: len(transactions.writers[SECOND].lane.appended) == 2)
+        assert rig.state(FIRST)["position"] is None
+        transactions.writers[FIRST].may_start.set()
+        await rig.opened(FIRST)
+
+        begun = [event for event in transactions.events if not event.startswith("commit")]
+        assert begun == ["start 1", "begin 1", "start 0", "begin 0"]
+
+    async def test_who_is_expelled_fences_nobody_any_more(self, make: MakeRig) -> None:
+        """I2: producers that have not started by then would fence the rightful owners."""
+        transactions = TransactionsDouble()
+        transactions.held = True
+        rig = make(transactions=transactions)
+        rig.cluster.members = frozenset({"another"})
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST, SECOND)
+        await until(lambda: SECOND in transactions.writers)
+        transactions.writers[SECOND].may_start.set()
+        await until(lambda: rig.poller._prepare_task is not None and rig.poller._prepare_task.done())
+
+        transactions.writers[FIRST].may_start.set()
+        await settled()
+
+        assert transactions.events == ["start 1"]
+
     async def test_a_writer_that_is_stuck_shows(self, make: MakeRig) -> None:
         """Contract 8."""
         transactions = TransactionsDouble()
         rig = make(transactions=transactions)
-        await rig.join(FIRST)
+        await rig.join(FIRST, SECOND)
 
         transactions.writers[FIRST].stuck = True
 
-        assert rig.state()["paused_for"] == ["output"]
+        assert rig.state(FIRST)["paused_for"] == ["output"]
+        assert rig.state(SECOND)["paused_for"] == []
 
     async def test_a_member_that_the_group_does_not_know_is_none(self, make: MakeRig) -> None:
         """H21: a member that was expelled while it was frozen would fence the rightful owner."""
