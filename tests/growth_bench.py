@@ -8,6 +8,8 @@
 4. *Distance*: what one commit takes where one record is stuck and every second one above it is finished, the worst an
    offset map can be, timed in this process; and over the records that the service works off between two commits.
 5. *Processes*: a sqlite tier, as memory is nobody else's, under ``runtime.processes``. CPU and memory of all together.
+   Once with what the machine has, and once (*cores*; takes root and control groups) with a share of a core for each
+   process, so small that broker and processes never want more than there is.
 6. *Latency at half load*: records are produced at half of the rate that the service has just reached, one by one; from
    the time at which the broker has a record to that at which it has its response.
 
@@ -23,7 +25,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,6 +59,15 @@ COMMIT_SECONDS = 5
 """Between two commits, as shipped."""
 PARTITION_RATE = 4_000
 """Records a second of a partition, by which the cost of a commit is divided."""
+PROCESS_CORES = 0.25
+"""Of each process where cores are shared out: two of them, and what the broker takes for their load, fit two cores."""
+CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup/cpu"), {"cpu.cfs_period_us": "{period}", "cpu.cfs_quota_us": "{quota}"}),
+    (Path("/sys/fs/cgroup"), {"cpu.max": "{quota} {period}"}),
+)
+"""Where control groups are made, of the older kind and of the newer, and what limits their CPU time."""
+QUOTA_PERIOD_MICROSECONDS = 10_000
+"""Short: a process that has used its share stands still for the rest of the period."""
 HALF_LOAD_SECONDS = 10.0
 TICK_SECONDS = 0.001
 """Records of half load are produced this often, as many as are due."""
@@ -71,6 +83,8 @@ class Row:
     records: int
     sections: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+    cores: float | None = None
+    """What its processes may take together; None: what they get."""
     runs: list[Run] = field(default_factory=list)
 
     def median(self, quantity: str) -> float:
@@ -142,9 +156,38 @@ async def run(bootstrap: str, folder: Path, row: Row, number: int) -> Run:
     await bench._create(bootstrap, [output], row.partitions)
     config = configured(bootstrap, folder, row, output)
     command = [sys.executable, "-m", "consumer", "run", "--config", str(config)]
-    made = await bench._timed(command, folder / f"{output}.log", bootstrap, output, row.records, row.partitions)
-    say(f"{row.name:>16}: {made.records_per_second:9,.0f}/s {made.cpu_microseconds:7.1f} us {made.rss_mib:6.0f} MiB")
+    with limited(command, row.cores) as command:
+        made = await bench._timed(command, folder / f"{output}.log", bootstrap, output, row.records, row.partitions)
+    say(f"{row.name:>26}: {made.records_per_second:9,.0f}/s {made.cpu_microseconds:7.1f} us {made.rss_mib:6.0f} MiB")
     return made
+
+
+@contextmanager
+def limited(command: list[str], cores: float | None) -> Iterator[list[str]]:
+    """Give the command that runs *command*, and what it starts, in a control group of *cores*.
+
+    Raises:
+        OSError: there are no control groups, or none that may be made here.
+    """
+    if cores is None:
+        yield command
+        return
+    for root, limits in CONTROL_GROUPS:
+        group = root / f"tierstream-growth-{os.getpid()}"
+        with suppress(OSError):
+            group.mkdir()
+            if all((group / name).exists() for name in limits):
+                break
+            group.rmdir()
+    else:
+        raise OSError("no control group for CPU time can be made here: it takes root, and cgroups")
+    try:
+        quota = int(cores * QUOTA_PERIOD_MICROSECONDS)
+        for name, value in limits.items():
+            (group / name).write_text(value.format(period=QUOTA_PERIOD_MICROSECONDS, quota=quota))
+        yield ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs"), *command]
+    finally:
+        group.rmdir()
 
 
 def configured(bootstrap: str, folder: Path, row: Row, output: str) -> Path:
@@ -213,19 +256,25 @@ async def by_payload(bootstrap: str, _folder: Path) -> Part:
     return Part("Payload", says, rows, 1)
 
 
-async def by_processes(bootstrap: str, folder: Path) -> Part:
-    """One process and two, on one database."""
-    topic = await filled(bootstrap, "processes", PARTITIONS, RECORDS, 1024)
+async def by_processes(bootstrap: str, folder: Path, cores: float | None = None) -> Part:
+    """One process and two, on one database; with so many *cores* each, or with what there is."""
+    name, kind = ("Processes", "processes") if cores is None else ("Processes with cores of their own", "cores")
+    topic = await filled(bootstrap, kind, PARTITIONS, RECORDS, 1024)
     rows = []
     for count in (1, 2):
         tiers: dict[str, Any] = {
-            "high_volume": {"type": "sqlite", "path": str(folder / f"{count}.sqlite")},
-            "long_term": {"type": "filesystem", "path": str(folder / f"{count}-files")},
-            "change_log": {"type": "sqlite", "path": str(folder / f"{count}-log.sqlite")},
+            "high_volume": {"type": "sqlite", "path": str(folder / f"{kind}-{count}.sqlite")},
+            "long_term": {"type": "filesystem", "path": str(folder / f"{kind}-{count}-files")},
+            "change_log": {"type": "sqlite", "path": str(folder / f"{kind}-{count}-log.sqlite")},
         }
-        rows.append(Row(f"{count}", topic, PARTITIONS, RECORDS, {"storage": tiers, "runtime": {"processes": count}}))
-    rows[1].reason = "the broker, and one writer at a time in the database, leave it no more"
-    return Part("Processes", "A sqlite tier; CPU and memory of all processes together.", rows, 0)
+        sections = {"storage": tiers, "runtime": {"processes": count}}
+        together = None if cores is None else count * cores
+        rows.append(Row(f"{count}", topic, PARTITIONS, RECORDS, sections, cores=together))
+    if cores is None:
+        rows[1].reason = "the broker, and one writer at a time in the database, leave it no more"
+        return Part(name, "A sqlite tier; CPU and memory of all processes together.", rows, 0)
+    says = f"The same, but each process may take {cores} of a core, so that the broker leaves them what they may take."
+    return Part(name, says, rows, 0)
 
 
 async def by_distance(_bootstrap: str, _folder: Path) -> list[str]:
@@ -371,6 +420,7 @@ PARTS: dict[str, Callable[[str, Path], Awaitable[list[str]]]] = {
     "payload": partial(compared, make=by_payload),
     "distance": by_distance,
     "processes": partial(compared, make=by_processes),
+    "cores": partial(compared, make=partial(by_processes, cores=PROCESS_CORES)),
     "latency": latencies,
 }
 
