@@ -200,12 +200,20 @@ def page(found: dict[str, Any], machine: list[str]) -> str:
         lines += [
             f"## Operations of {latency} ms",
             "",
+            *_most(found["meta"]["concurrency"], latency),
             f"| | {' | '.join(_COLUMNS)} |",
             f"| --- |{' ---: |' * len(_COLUMNS)}",
             *[_line(row) for row in rows if row["latency_ms"] == latency],
             "",
         ]
     return "\n".join([*lines, *_goal_lines(rows)])
+
+
+def _most(concurrency: int, latency: float) -> list[str]:
+    """Say what nobody can exceed."""
+    if not latency:
+        return []
+    return [f"{concurrency:,} in flight allow {concurrency / latency * 1000:,.0f} a second, whoever it is.", ""]
 
 
 def _line(row: Row) -> str:
