@@ -7,7 +7,7 @@ RUN python -m venv /opt/tierstream
 # The packages change less often than the code: they are a layer of their own.
 COPY requirements-cloud.lock ./
 RUN /opt/tierstream/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes --requirement requirements-cloud.lock
-COPY requirements-build.lock pyproject.toml README.md LICENSE ./
+COPY requirements-build.lock pyproject.toml hatch_build.py README.md LICENSE ./
 COPY schemas ./schemas
 COPY consumer ./consumer
 RUN python -m venv /opt/build \

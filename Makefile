@@ -30,7 +30,7 @@ TEST_ARGS ?=
 LANES ?= 1
 UV ?= uv
 
-.PHONY: help demo test lint bench bench-peers bench-storage bench-growth soak sbom docs picture clean lock
+.PHONY: help demo test lint bench bench-peers bench-storage bench-growth compiled soak sbom docs picture clean lock
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench-storage: $(VENV)/.dev-ready ## what storage takes, beside a bare loop over
 bench-growth: $(VENV)/.dev-ready ## how cost grows with partitions, window, payload, distance, processes; latency at half load
 	@echo "==> measuring growth"
 	PYTHONPATH=tests $(PY) tests/growth_bench.py $(BENCH_ARGS)
+
+compiled: $(VENV)/.dev-ready ## build a wheel in dist/ for this machine that decodes and encodes compiled (needs a C compiler)
+	TIERSTREAM_COMPILE=1 $(PY) -m hatchling build --target wheel --directory dist
 
 soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_OPERATIONS (10000000), SOAK_KILLS (500), SOAK_STORM_MINUTES, SOAK_MINUTES (20), SOAK_SEED
 	@echo "==> soaking: the storage's model, kills, a storm of rebalances, everything mixed"

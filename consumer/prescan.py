@@ -83,9 +83,9 @@ def _make_step(tree: Tree, made: dict[int, _Step]) -> _Step:
             return _fixed(size)
         case ("enum", int(count)):
             return _enum(count)
-        case ("record", (*fields,)):
+        case ("record", tuple(fields)):
             return _record([_step(part, made) for part in fields])
-        case ("union", (*branches,)):
+        case ("union", tuple(branches)):
             return _union([_step(branch, made) for branch in branches])
         case ("array", item, int(size), int(weight)):
             return _blocks(_step(item, made), size, weight)

@@ -7,6 +7,9 @@
    decides is ``loop``, the event loop itself.
 3. SIGUSR2 begins the count, so that the start of the process is left out; the second one ends it and writes the counts.
 
+Compiled modules have no frames (``hatch_build.py``): reading and writing Avro then counts for who asks for it, decoding
+for *dispatch* therefore.
+
 A share of the samples times the CPU time a record, as the kernel has counted it, is a stage's cost; all stages
 together are all of the cost. It is an estimate: of n samples in all, a stage of share p is off by sqrt(p(1 - p)/n),
 and time in C is seen when it returns.

@@ -240,10 +240,19 @@ def config_schema(as_json: AsJson = False) -> None:
 def version(as_json: AsJson = False) -> None:
     """Show the version."""
     release, client, python = _installed("tierstream"), _installed("aiokafka"), platform.python_version()
+    compiled = _is_compiled()
     if as_json:
-        say_json({"version": release, "python": python, "aiokafka": client}, line=True)
+        say_json({"version": release, "python": python, "aiokafka": client, "compiled": compiled}, line=True)
     else:
-        say(f"tierstream {release} (Python {python}, aiokafka {client})")
+        say(f"tierstream {release} (Python {python}, aiokafka {client}{', compiled' if compiled else ''})")
+
+
+def _is_compiled() -> bool:
+    """Tell whether records are decoded and encoded by machine code, as in a wheel made with TIERSTREAM_COMPILE=1."""
+    from importlib import machinery, util
+
+    found = util.find_spec("consumer.codec")
+    return found is not None and (found.origin or "").endswith(tuple(machinery.EXTENSION_SUFFIXES))
 
 
 def _installed(distribution: str) -> str:

@@ -2,8 +2,9 @@
 
 1. The folder of the peers (runner and drivers) is copied to ``.cache/peers``, with an environment for each, once.
 2. Apache Kafka is started as in the tests, but with everything its virtual machine can do.
-3. Their runner runs tierstream's variants and every peer, interleaved, and counts by itself.
-4. What it found goes to ``docs/benchmarks.md``, with the machine, the versions, and the goals beside what came of them.
+3. tierstream is compiled (``hatch_build.py``) where this machine can do that, and the page says whether it was.
+4. Their runner runs tierstream's variants and every peer, interleaved, and counts by itself.
+5. What it found goes to ``docs/benchmarks.md``, with the machine, the versions, and the goals beside what came of them.
 """
 
 from __future__ import annotations
@@ -141,8 +142,28 @@ def prepare(source: Path) -> None:
     (WORK / ".ready").touch()
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run them all; return what the runner wrote."""
+def compile_tierstream(folder: Path) -> bool:
+    """Put the compiled package into *folder*; False, and the reason is told, where this machine cannot compile it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder / "wheel"],
+        cwd=ROOT,
+        env=os.environ | {"TIERSTREAM_COMPILE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        if "TIERSTREAM_COMPILE=1 needs" not in done.stderr:
+            sys.exit(done.stderr)
+        sys.stdout.write(f"==> measured uncompiled: {done.stderr}")
+        return False
+    (wheel,) = (folder / "wheel").glob("*.whl")
+    shutil.unpack_archive(wheel, folder, "zip")
+    return True
+
+
+def run(arguments: argparse.Namespace, package: Path) -> dict[str, Any]:
+    """Run them all, tierstream from the folder *package*; return what the runner wrote."""
     result = WORK / "out.json"
     with tempfile.TemporaryDirectory() as folder, maven_broker(Path(folder), java_settings=BROKER) as broker:
         command = [WORK / ".venv/runner/bin/python", "run.py", "--bootstrap", broker.bootstrap]
@@ -153,7 +174,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name in arguments.candidates:
             said = [sys.executable, str(HERE / "candidate.py"), *CANDIDATES[name]]
             command += ["--candidate", shlex.join(said), "--candidate-name", name]
-        environment = os.environ | {"PYTHONPATH": str(HERE)}
+        environment = os.environ | {"PYTHONPATH": str(HERE), "CANDIDATE_PACKAGE": str(package)}
         subprocess.run([str(part) for part in command], cwd=WORK, env=environment, check=True)
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return found
@@ -255,17 +276,18 @@ def _number(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def describe_machine() -> list[str]:
-    """Return lines of a list: hardware, system, and the versions of everything that took part."""
+def describe_machine(*, compiled: bool) -> list[str]:
+    """Return lines of a list: hardware, system, and the versions and forms of everything that took part."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))
     java = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr.partition("\n")[0]
     hardware = f"{model[1] if model else platform.machine()}, {int(memory[1]) // 1024**2 if memory else '?'} GiB"
-    ours = f"tierstream {version('tierstream')} with aiokafka {version('aiokafka')}, uvloop {version('uvloop')}"
+    form = "compiled (`make compiled`)" if compiled else "not compiled"
+    libraries = f"aiokafka {version('aiokafka')}, uvloop {version('uvloop')}"
     return [
         f"* {hardware}, {platform.system()} {platform.release()}.",
         f"* Python {platform.python_version()}, Apache Kafka {kafka_version()} on {java}.",
-        f"* {ours}; peers: {', '.join(_peers_versions())}.",
+        f"* tierstream {version('tierstream')}, {form}, with {libraries}; peers: {', '.join(_peers_versions())}.",
     ]
 
 
@@ -296,6 +318,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="folder of the peers: runner, drivers, setup.sh")
     parser.add_argument("--peers", type=_names(PEERS), default=list(PEERS), help="names with commas between, or none")
     parser.add_argument("--candidates", type=_names(tuple(CANDIDATES)), default=list(CANDIDATES), help="as --peers")
+    parser.add_argument("--uncompiled", action="store_true", help="measure tierstream as it runs from a checkout")
     parser.add_argument("--latency-ms", default="0,5,20", help="what an operation waits for")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="length of one run, which sizes its records")
@@ -303,7 +326,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
     prepare(arguments.source)
-    arguments.output.write_text(page(run(arguments), describe_machine()), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = not arguments.uncompiled and compile_tierstream(Path(folder))
+        found = run(arguments, Path(folder) if compiled else ROOT)
+    arguments.output.write_text(page(found, describe_machine(compiled=compiled)), encoding="utf-8")
     sys.stdout.write(f"==> written: {arguments.output}\n")
 
 

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 
@@ -49,7 +48,7 @@ def main() -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
         json.dump(settings(dict(os.environ), changes, int(count)), file)  # JSON is YAML
     command = [sys.executable, "-m", "consumer", "run", "--config", file.name]
-    os.chdir(Path(__file__).parents[2])
+    os.chdir(os.environ["CANDIDATE_PACKAGE"])  # where `-m` looks first
     if count == "1":  # in this very process: one that only waits would be counted as well
         os.execv(command[0], command)
     members = [subprocess.Popen(command) for _ in range(int(count))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import bench
@@ -42,6 +43,17 @@ def test_a_record_of_the_workload_is_an_insert_of_its_size_and_its_response_tell
     answer = Inserted(ObjectId(operation.context, operation.key), operation.metadata)
     _, response = ResponseEncoder("in-0123456789", 7).encode(number * 3, decoded, answer, 1)
     assert records.id_of(Response(response)) == number
+
+
+@pytest.mark.process
+def test_without_a_compiler_it_is_measured_as_it_is_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table of the one form that says it was of the other would be worse than none."""
+    monkeypatch.setenv("CC", "no-such-compiler")
+
+    assert bench.compile_tierstream(tmp_path) is False
+    assert "measured uncompiled: TIERSTREAM_COMPILE=1 needs a C compiler" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", bench.CANDIDATES)

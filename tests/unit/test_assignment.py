@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from consumer import assignment as assignment_module
-from consumer.codec import OperationDecoder
+from consumer.codec import Decoded, OperationDecoder
 from consumer.errors import BackendError, BackendUnavailable
 from consumer.ids import ObjectId
 from consumer.log import Event
@@ -661,17 +661,18 @@ class TestSuspects:
             note.slots[OFFSET] = 1
 
 
-class WatchingDecoder(OperationDecoder):
-    """Looks at what is noted while it decodes."""
+class WatchingDecoder:
+    """Looks at what is noted while a decoder decodes. None itself: the compiled one has no heirs."""
 
     def __init__(self, note: Note) -> None:
-        super().__init__()
         self.noted: list[tuple[int, int]] = []
         self._note = note
+        self._decoder = OperationDecoder()
+        self.schema_id = self._decoder.schema_id
 
-    def decode(self, value: bytes | None, headers: Any = (), position: Position | None = None) -> Any:
+    def decode(self, value: bytes | None, headers: Any = (), position: Position | None = None) -> Decoded:
         self.noted.append((self._note.slots[OFFSET], self._note.slots[TIMESTAMP]))
-        return super().decode(value, headers, position)
+        return self._decoder.decode(value, headers, position)
 
 
 class TestFlood:

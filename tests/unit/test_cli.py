@@ -107,7 +107,9 @@ class TestVersion:
         assert (command.code, option.code) == (0, 0)
         assert command.out == option.out
         assert command.out.startswith("tierstream ")
-        assert set(tierstream("version", "--json").json) == {"version", "python", "aiokafka"}
+        said = tierstream("version", "--json").json
+        assert set(said) == {"version", "python", "aiokafka", "compiled"}
+        assert (said["compiled"], "compiled" in command.out) == (False, False), "this is a checkout"
 
 
 class TestConfig:
