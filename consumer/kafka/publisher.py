@@ -8,7 +8,7 @@ One *lane* per output partition, each with one flush loop:
    batch. Meanwhile the next batch gathers by itself. One batch in flight per lane keeps the order: concurrent sends to
    one partition overtake each other when a batch fills up. A lane whose last batch left a moment ago, and was not full,
    waits for the next *departure*, which is the same for all lanes: under load their batches go out together, in one
-   request, some :data:`PACE_SECONDS` apart; what comes after a pause goes at once.
+   request, some :data:`PACE_SECONDS` apart, the time of the answer included; what comes after a pause goes at once.
 3. Acknowledged: the owners of the batch's records are told, in lane order, each record exactly once.
 4. The broker refuses the batch for its size: from now on the lane packs half as much. A record refused alone is handed
    back to its owner (``refused``); what the owner appends in its place goes out in its place.
@@ -127,8 +127,8 @@ class Lane:
             if not pending:
                 self._arrived.clear()
                 await self._arrived.wait()
-            if not hurried and time.monotonic() - left_at < PACE_SECONDS:
-                await self._publisher.departure()
+            if not hurried and (seconds := left_at + PACE_SECONDS - time.monotonic()) > 0:
+                await self._publisher.departure(seconds)
             producer = await self._publisher.producer()
             batch, records = self._pack(producer)
             hurried = bool(pending)  # it was full: the rest has waited long enough
@@ -307,12 +307,12 @@ class Publisher:
 
     # ------------------------------------------------------------------------------------------ for lanes
 
-    async def departure(self) -> None:
-        """Wait for the next departure, at most :data:`PACE_SECONDS`."""
+    async def departure(self, seconds: float) -> None:
+        """Wait for the next departure, at most *seconds*."""
         departure = self._departure
         if departure is None:
             departure = self._departure = asyncio.Event()
-            asyncio.get_running_loop().call_later(PACE_SECONDS, self._depart, departure)
+            asyncio.get_running_loop().call_later(seconds, self._depart, departure)
         await departure.wait()
 
     def _depart(self, departure: asyncio.Event) -> None:

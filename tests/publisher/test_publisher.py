@@ -6,8 +6,10 @@ import asyncio
 import gc
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -331,6 +333,40 @@ async def test_lanes_that_are_busy_leave_together_and_no_more_often_than_the_pac
         await owner.until_answered(51)
 
     assert sorted(left[2:]) == [(0, 50), (1, 50)]
+
+
+async def test_the_time_that_an_answer_takes_is_part_of_the_pace(
+    embedded: Broker, make: Callable[..., Publisher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two batches of a lane lies the pace, not an answer and the pace: no response waits longer than that."""
+    pace, now, waits = 3600.0, [0.0], list[float]()
+    monkeypatch.setattr(publisher_module, "PACE_SECONDS", pace)
+    monkeypatch.setattr(publisher_module, "time", SimpleNamespace(monotonic=lambda: now[0], time_ns=time.time_ns))
+    answers = iter([pace / 4, pace * 2, 0.0])
+
+    class Slow(Sending):
+        async def send_batch(self, batch: BatchBuilder, topic: str, *, partition: int) -> asyncio.Future[Any]:
+            now[0] += next(answers)
+            return await self.sent(batch, topic, partition)
+
+    publisher = make(Producers(embedded.bootstrap, Slow))
+    lane, owner = publisher.lane(embedded.create_topic("slow-answers"), 0), Owner()
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
+
+    def depart_at_once(seconds: float, callback: Callable[..., object], *args: Any) -> asyncio.TimerHandle:
+        if callback == publisher._depart:
+            waits.append(seconds)
+            seconds = 0.0
+        return call_later(seconds, callback, *args)
+
+    monkeypatch.setattr(loop, "call_later", depart_at_once)
+    await publisher.start()
+    for number in range(3):
+        owner.hand_in(lane, [number])
+        await owner.until_answered(number + 1)
+
+    assert waits == [pace * 3 / 4]  # before the second; the third went at once, after an answer that took two paces
 
 
 async def test_a_batch_that_is_full_waits_for_no_departure(
