@@ -11,7 +11,10 @@
    Once with what the machine has, and once (*cores*; takes root and control groups) with a share of a core for each
    process, so small that broker and processes never want more than there is.
 6. *Latency at half load*: records are produced at half of the rate that the service has just reached, one by one; from
-   the time at which the broker has a record to that at which it has its response.
+   the time at which the broker has a record to that at which it has its response, both by the broker's clock. In turns
+   with it, the same for :mod:`echo_loop`, which does nothing but answer: what broker, client and machine take by
+   themselves. How late the producer was, and what other processes took of the cores, stands beside it: either is a
+   pause, and the records that it holds up then come in one burst.
 
 Rates of different runs and machines cannot be compared; the ratio within one run can.
 """
@@ -19,6 +22,7 @@ Rates of different runs and machines cannot be compared; the ratio within one ru
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import platform
 import statistics
@@ -46,8 +50,9 @@ from consumer.offset_map import encode
 from consumer.offsets import DISTANCE_MAX, OffsetTracker
 from consumer.operations import DEFAULT_METADATA, Insert
 
-BROKER = ("-XX:TieredStopAtLevel=4", "-Xms1g", "-Xmx1g")
-"""Of the broker's virtual machine: it is to be out of the way."""
+BROKER = ("-XX:TieredStopAtLevel=4", "-Xms2g", "-Xmx2g", "-Xmn1500m", "-XX:+AlwaysPreTouch")
+"""Of the broker's virtual machine: it is to be out of the way. A collection stops it for some 10 ms, whatever there is
+to collect and by whichever collector; with so much room for what is young there is one in 15 s instead of in 3."""
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "3"))
 RECORDS = int(os.environ.get("BENCH_RECORDS", "64000"))
 DOCUMENT = Path(__file__).parents[1] / "docs" / "growth.md"
@@ -55,6 +60,7 @@ OBJECTS = 10_000
 PARTITIONS = 8
 INPUT_BYTES_MAX = 256 * 1024 * 1024
 """Of one input topic: large payloads have fewer records."""
+ECHO_LOOP = Path(__file__).with_name("echo_loop.py")
 COMMIT_SECONDS = 5
 """Between two commits, as shipped."""
 PARTITION_RATE = 4_000
@@ -68,7 +74,11 @@ CONTROL_GROUPS = (
 """Where control groups are made, of the older kind and of the newer, and what limits their CPU time."""
 QUOTA_PERIOD_MICROSECONDS = 10_000
 """Short: a process that has used its share stands still for the rest of the period."""
-HALF_LOAD_SECONDS = 10.0
+HALF_LOAD_SECONDS = 5.0
+WARM_SECONDS = 1.5
+"""Of half load before that, so that every object has been there once: a store that grows is a pause of its own."""
+GOES_FIRST = "All of this had the cores before any other process: `chrt --rr 2 make bench-growth BENCH_ARGS=latency`."
+"""Said where it was so: on a shared machine the neighbours' turns are the last hundredth."""
 TICK_SECONDS = 0.001
 """Records of half load are produced this often, as many as are due."""
 
@@ -304,9 +314,24 @@ async def by_distance(_bootstrap: str, _folder: Path) -> list[str]:
     return [*lines, ""]
 
 
-async def half_load(bootstrap: str, folder: Path, milliseconds: int, rate: float) -> str:
-    """Produce at half of *rate*; return the row that says what the responses' latencies were."""
-    name = f"half-load-{milliseconds}"
+@dataclass(frozen=True)
+class HalfLoad:
+    """What one run at half load came to."""
+
+    median: float
+    """Milliseconds from a record to its response."""
+    high: float
+    """The 99th percentile of the same."""
+    late: float
+    """Milliseconds that the producer was behind, at its worst."""
+    others: float
+    """Cores that processes took that have no part in it."""
+
+
+async def half_load(
+    bootstrap: str, folder: Path, name: str, rate: float, answer: Callable[[str, str], Sequence[str]]
+) -> HalfLoad:
+    """Produce *rate* records a second for what answers them; *answer* makes the command of it, given both topics."""
     output = f"{name}-responses"
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
@@ -315,13 +340,9 @@ async def half_load(bootstrap: str, folder: Path, milliseconds: int, rate: float
         await admin.create_topics([NewTopic(topic, PARTITIONS, 1, topic_configs=stamped) for topic in (name, output)])
     finally:
         await admin.close()
-    row = Row(name, name, PARTITIONS, 0, {"storage": latency(milliseconds)})
-    config = configured(bootstrap, folder, row, output)
     ends = [TopicPartition(output, partition) for partition in range(PARTITIONS)]
     with (folder / f"{name}.log").open("wb") as log:
-        service = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "consumer", "run", "--config", str(config), stderr=log
-        )
+        answering = await asyncio.create_subprocess_exec(*answer(name, output), stderr=log)
     reader = AIOKafkaConsumer(bootstrap_servers=bootstrap, auto_offset_reset="earliest", max_poll_records=5_000)
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap, linger_ms=0)
     await reader.start()
@@ -329,24 +350,29 @@ async def half_load(bootstrap: str, folder: Path, milliseconds: int, rate: float
     reader.assign(ends)
     sent: dict[tuple[int, int], int] = {}
     try:
-        await produce(producer, name, 100.0, 2.0, sent)
-        await answered(reader, sent)  # the service reads by now: no load waits for its start
-        began = dict(sent)
-        await produce(producer, name, rate / 2, HALF_LOAD_SECONDS, sent)
-        for place in began:
-            del sent[place]
-        latencies = await answered(reader, sent)
-        del latencies[: len(latencies) // 10]
+        for first_rate, seconds in ((100.0, 1.0), (rate, WARM_SECONDS)):
+            await produce(producer, name, first_rate, seconds, sent)
+            await answered(reader, sent)  # it reads by now: no load waits for its start
+            sent.clear()
+        began, busy, ours = time.perf_counter(), busy_seconds(), bench._cpu_seconds(os.getpid())
+        late = await produce(producer, name, rate, HALF_LOAD_SECONDS, sent)
+        others = busy_seconds() - busy - (bench._cpu_seconds(os.getpid()) - ours)
+        others /= time.perf_counter() - began
+        took = sorted(await answered(reader, sent))
     finally:
-        service.terminate()
-        await service.wait()
+        answering.terminate()
+        await answering.wait()
         await producer.stop()
         await reader.stop()
-    latencies.sort()
-    middle, high = (latencies[int(len(latencies) * share)] for share in (0.5, 0.99))
-    bound = 2 * (milliseconds + PACE_SECONDS * 1000)
-    say(f"half load at {milliseconds} ms: {rate / 2:,.0f}/s, p50 {middle} ms, p99 {high} ms")
-    return f"| {milliseconds} ms | {rate / 2:,.0f} | {middle} | {high} | {bound:.0f} | {high / bound:.2f} |"
+    middle, high = (took[int(len(took) * share)] for share in (0.5, 0.99))
+    say(f"{name:>20}: {rate:,.0f}/s, p50 {middle} ms, p99 {high} ms; late {late * 1000:.0f} ms, others {others:.2f}")
+    return HalfLoad(middle, high, late * 1000, max(0.0, others))
+
+
+def busy_seconds() -> float:
+    """Return for how long the cores have worked, all of them together, for anybody."""
+    user, nice, system, _, _, interrupt, soft_interrupt, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
 
 
 async def answered(reader: AIOKafkaConsumer, sent: dict[tuple[int, int], int]) -> list[int]:
@@ -367,44 +393,86 @@ async def answered(reader: AIOKafkaConsumer, sent: dict[tuple[int, int], int]) -
 
 async def produce(
     producer: AIOKafkaProducer, topic: str, rate: float, seconds: float, sent: dict[tuple[int, int], int]
-) -> None:
-    """Send inserts evenly for *seconds*; note when each was sent, by partition and offset."""
+) -> float:
+    """Send inserts evenly for *seconds*; note when each was sent, by partition and offset.
+
+    Without garbage collection: with the futures of so many records it stops everything for a tenth of a second.
+
+    Returns:
+        The longest time that a record was sent too late, in seconds.
+    """
     payload, context = os.urandom(1024), ObjectContext("bench")
     keys = [f"object-{number}" for number in range(OBJECTS)]
     values = [encode_operation(Insert(context, key, DEFAULT_METADATA, payload), None) for key in keys]
-    began, number = time.perf_counter(), 0
     waiting: list[Any] = []
-    while (passed := time.perf_counter() - began) < seconds:
-        while number < passed * rate:
-            value, partition = values[number % OBJECTS], number % PARTITIONS
-            now = time.time_ns() // 1_000_000
-            waiting.append(await producer.send(topic, value, partition=partition, timestamp_ms=now))
-            number += 1
-        await asyncio.sleep(TICK_SECONDS)
-    for written in waiting:
-        told = await written
-        sent[told.partition, told.offset] = told.timestamp
+    gc.collect()
+    gc.disable()
+    try:
+        began, number, late = time.perf_counter(), 0, 0.0
+        while (passed := time.perf_counter() - began) < seconds:
+            late = max(late, passed - number / rate)
+            while number < passed * rate:
+                value, partition = values[number % OBJECTS], number % PARTITIONS
+                now = time.time_ns() // 1_000_000
+                waiting.append(await producer.send(topic, value, partition=partition, timestamp_ms=now))
+                number += 1
+            await asyncio.sleep(TICK_SECONDS)
+        for written in waiting:
+            told = await written
+            sent[told.partition, told.offset] = told.timestamp
+    finally:
+        gc.enable()
+    return late
 
 
 async def latencies(bootstrap: str, folder: Path) -> list[str]:
     """Find how fast the service is at three latencies, then look at the responses at half of that."""
-    lines = [
-        "## Latency at half load",
-        "",
-        "From a record in the broker's log to its response there, milliseconds, at half of the rate reached before.",
-        f"Bound: twice the operation and the pace of small batches ({PACE_SECONDS * 1000:.0f} ms) together.",
-        "Broker, producer and service share the cores: where the load below is above their number, each turn of each",
-        "waits for others, and the figures are those of the machine and not of the service.",
-        "",
-        "| operation | records/s | p50 | p99 | bound | p99 over bound |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
     topic = await filled(bootstrap, "latencies", PARTITIONS, RECORDS, 1024)
+    table, late, others, pace = [], 0.0, 0.0, PACE_SECONDS * 1000
     for wait in (0, 5, 20):
         row = Row(f"{wait} ms", topic, PARTITIONS, RECORDS, {"storage": latency(wait)})
         await interleaved(bootstrap, folder, [row])
-        lines.append(await half_load(bootstrap, folder, wait, row.median("records_per_second")))
-    return [*lines, ""]
+        rate = row.median("records_per_second") / 2
+
+        def echo(source: str, output: str, wait: int = wait) -> Sequence[str]:
+            return [sys.executable, str(ECHO_LOOP), bootstrap, source, output, str(wait)]
+
+        def service(source: str, output: str, wait: int = wait) -> Sequence[str]:
+            config = configured(bootstrap, folder, Row("", source, PARTITIONS, 0, {"storage": latency(wait)}), output)
+            return [sys.executable, "-m", "consumer", "run", "--config", str(config)]
+
+        made: dict[str, list[HalfLoad]] = {"echo": [], "service": []}
+        for number in range(ROUNDS):
+            for side, answer in (("echo", echo), ("service", service)):
+                made[side].append(await half_load(bootstrap, folder, f"{side}-{wait}-{number}", rate, answer))
+        late = max(late, *[one.late for side in made.values() for one in side])
+        others = max(others, *[one.others for side in made.values() for one in side])
+        bound = 2 * (wait + pace)
+        floor, ours = (
+            [statistics.median(getattr(one, name) for one in made[side]) for name in ("median", "high")]
+            for side in ("echo", "service")
+        )
+        table.append(
+            f"| {wait} ms | {rate:,.0f} | {floor[0]:.0f} | {floor[1]:.0f} | {ours[0]:.0f} | {ours[1]:.0f} |"
+            f" {bound:.0f} | {ours[1] / bound:.2f} |"
+        )
+    return [
+        "## Latency at half load",
+        "",
+        "From a record in the broker's log to its response there, milliseconds, at half of the rate reached before.",
+        f"Bound: twice the operation and the pace of small batches ({pace:.0f} ms) together. *Echo* is a bare loop of",
+        "the client that decodes nothing, gathers nothing and answers with 100 bytes: what broker, client and machine",
+        "take by themselves. The broker's clock ticks in milliseconds.",
+        "",
+        "| operation | records/s | echo p50 | echo p99 | p50 | p99 | bound | p99 over bound |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *table,
+        "",
+        f"Broker, producer and service share {os.cpu_count()} cores. At the worst the producer was {late:.0f} ms late,",
+        f"and processes that have no part in this took {others:.2f} cores: the last hundredth pays for either.",
+        *([] if os.sched_getscheduler(0) == os.SCHED_OTHER else [GOES_FIRST]),
+        "",
+    ]
 
 
 async def compared(bootstrap: str, folder: Path, make: Callable[[str, Path], Awaitable[Part]]) -> list[str]:
