@@ -77,8 +77,8 @@ QUOTA_PERIOD_MICROSECONDS = 10_000
 HALF_LOAD_SECONDS = 5.0
 WARM_SECONDS = 1.5
 """Of half load before that, so that every object has been there once: a store that grows is a pause of its own."""
-GOES_FIRST = "All of this had the cores before any other process: `chrt --rr 2 make bench-growth BENCH_ARGS=latency`."
-"""Said where it was so: on a shared machine the neighbours' turns are the last hundredth."""
+GOES_FIRST = "They had what this left, which ran before any of them: `chrt --rr 2 make bench-growth`."
+"""Said where it was so: on a shared machine the turns of the neighbours are the last hundredth."""
 TICK_SECONDS = 0.001
 """Records of half load are produced this often, as many as are due."""
 
