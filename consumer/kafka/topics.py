@@ -50,7 +50,7 @@ from consumer.errors import ConfigError, TierstreamError
 from consumer.kafka.connection import RETRY_BACKOFF_MS, admin_settings
 from consumer.kafka.diagnosis import why_unreachable
 from consumer.kafka.topic_ids import TopicIdsRequest, leaders, topic_ids
-from consumer.kafka.transaction_states import UNTOLD, TransactionState, TransactionStateRequest, described
+from consumer.kafka.transaction_states import TransactionState, TransactionStateRequest, described
 from consumer.log import get_logger
 
 ANSWER_SECONDS: Final = 15.0
@@ -319,7 +319,7 @@ class Cluster:
         return {partition: found[partition] for partition in asked}
 
     async def transaction(self, transactional_id: str) -> TransactionState | None:
-        """Return the state of the last transaction of *transactional_id*; None from brokers that do not tell.
+        """Return the state of the last transaction of *transactional_id*; None from brokers that will not tell.
 
         Raises:
             ClusterUnavailable: no answer in time.
@@ -443,11 +443,9 @@ class Cluster:
         coordinator = await self._coordinator(transactional_id, _TRANSACTIONAL_ID)
         try:
             error, state = described(await self._send(TransactionStateRequest(transactional_id), coordinator))
-        except IncompatibleBrokerVersion:
+            _raise_for(error, f"the transaction of {transactional_id}")
+        except (IncompatibleBrokerVersion, ClusterRefusal):
             return None
-        if error in UNTOLD:
-            return None
-        _raise_for(error, f"the transaction of {transactional_id}")
         return state
 
     async def _marker_leaders(

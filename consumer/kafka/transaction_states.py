@@ -12,23 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from aiokafka.errors import (
-    NoError,
-    TransactionalIdAuthorizationFailed,
-    UnsupportedVersionError,
-)
+from aiokafka.errors import NoError
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import CompactArray, CompactString, Int16, Int32, Int64, Schema, TaggedFields
 
 TRANSACTIONAL_ID_NOT_FOUND: Final = 105
 """An error that aiokafka does not know by name."""
 
-UNTOLD: Final = frozenset({TransactionalIdAuthorizationFailed.errno, UnsupportedVersionError.errno})
-"""Errors of a broker that will not tell."""
-
 _COMMIT: Final = frozenset({"PrepareCommit", "CompleteCommit"})
 _ABORT: Final = frozenset({"PrepareAbort", "CompleteAbort", "PrepareEpochFence"})
-_COMPLETE: Final = frozenset({"CompleteCommit", "CompleteAbort", "Empty", "Dead"})
+_UNDER_WAY: Final = frozenset({"Ongoing", "PrepareCommit", "PrepareAbort", "PrepareEpochFence"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +39,7 @@ class TransactionState:
     @property
     def complete(self) -> bool:
         """Whether its markers are written, as far as the coordinator is going to."""
-        return self.name in _COMPLETE
+        return self.name not in _UNDER_WAY
 
 
 class _DescribeTransactionsResponse(Response):

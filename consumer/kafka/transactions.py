@@ -28,9 +28,13 @@ on all partitions it will write to, and the marker ends whatever is open there. 
 5. Whether a transaction that was to be committed took effect is told by its answer, else by the coordinator's decision,
    else, where there is none yet or the broker does not tell, by the group's offset and map, once the new producer has
    fenced the old one. If so, the sweep commits what may be left of it: step 3, else step 2 again with the same records.
-   If offset and map are not those of the commit before either, a broker has forgotten that one and what it carried: the
-   process ends, and its successor runs it again. Where a broker takes no map, a transaction above a gap may leave both
-   as they were: then they tell nothing, and its records are written again rather than lost.
+   Where a broker takes no map, a transaction above a gap may leave both as they were: then they tell nothing, and its
+   records are written again rather than lost.
+6. A transaction that is aborted takes along what a broker has forgotten of the one committed before it. So what was
+   committed last in each output partition is kept, and where it begins: if the oldest open transaction there begins
+   there too, it is forgotten, and is written again together with the present one. Offset and map need no such care:
+   they tell all that went before. Where nobody can tell any more, and offset and map are not those of the last commit,
+   the process ends, and its successor runs again what that commit carried.
 
 A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction.
 An offset map that is refused for its size is left out, then and from then on (contract 3).
@@ -69,7 +73,7 @@ from consumer.kafka.publisher import (
     discard,
     nobody_waits_for_its_transaction,
 )
-from consumer.kafka.topics import Cluster, ClusterRefusal, ClusterUnavailable
+from consumer.kafka.topics import LATEST, Cluster, ClusterRefusal, ClusterUnavailable
 from consumer.log import get_logger
 from consumer.offset_map import SizeLimit
 from consumer.responses import Header
@@ -87,6 +91,9 @@ any outcome, and the producer is not to be used any more (H23)."""
 
 SLOW_COMMIT_SECONDS = 1.0
 """A transaction takes milliseconds; one that takes longer has met a broker that was away: a sweep follows."""
+
+HIDDEN_SECONDS = 60.0
+"""How long older transactions of others may hide what has become of the last commit: brokers end them sooner."""
 
 MARKERS_SECONDS = 0.05
 """Wait between two questions whether the markers of a sweep are written; they are so within milliseconds."""
@@ -169,6 +176,15 @@ class _Item:
         self.owner = owner
         self.token = token
         self.size = len(key or b"") + len(value or b"")
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What was committed last in one output partition, as far as its answer tells."""
+
+    items: Sequence[_Item]
+    first: int
+    """Where it begins; -1 where the broker has not said."""
 
 
 class _Lane:
@@ -287,6 +303,13 @@ class TransactionWriter:
         self._decided: bool | None = None
         """Whether the last transaction before it was committed; None while that is not known, or not decided."""
         self._commit = _Commit.NOT_ASKED
+        self._last: dict[TopicPartition, _Written] = {}
+        """What was committed last; markers of a transaction go to where it was written to, and complete that alone."""
+        self._again: list[_Item] = []
+        """What a broker has forgotten of it: part of the next transaction, though long acknowledged."""
+        self._last_is_told = False
+        """Whether it is known, since the transaction under way has failed, what a broker has forgotten."""
+        self._hidden_until = 0.0
         self._source: Source | None = None
         self._pending: deque[_Item] = deque()
         self._pending_bytes = 0
@@ -387,15 +410,18 @@ class TransactionWriter:
             Lost: the partition belongs to somebody else; nothing of this was committed.
         """
         self._offset_wanted = False
+        self._last_is_told = False
         while True:
             offset, offset_map = source.settle([item.token for item in items])
             metadata = self._map_size.fitting(offset_map)
             began = time.monotonic()
             try:
                 with its_assertions_are_failures():
-                    await self._transact(items, offset, metadata)
+                    written = await self._transact([*self._again, *items], offset, metadata)
                 if time.monotonic() - began >= SLOW_COMMIT_SECONDS:
                     await self._sweep_again()
+                else:
+                    self._last |= written
             except _Refused as error:
                 await self._replace(error)
                 self._hand_back(items, error.item)
@@ -411,12 +437,13 @@ class TransactionWriter:
                 continue
             break
         self._failures = 0
+        self._again.clear()
         source.transaction_committed(offset, metadata, map_left_out=metadata != offset_map)
         for owner, group in groupby(items, attrgetter("owner")):
             owner.acknowledged([item.token for item in group])
 
-    async def _transact(self, items: list[_Item], offset: int, metadata: str) -> None:
-        """Run one transaction.
+    async def _transact(self, items: list[_Item], offset: int, metadata: str) -> dict[TopicPartition, _Written]:
+        """Run one transaction; return what was written where.
 
         Raises:
             _Refused: a record is too large for the broker; nothing was committed.
@@ -436,7 +463,8 @@ class TransactionWriter:
         async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
             await producer.begin_transaction()
             nobody_waits_for_its_transaction(producer)
-            await asyncio.gather(*(self._send(producer, target, group) for target, group in by_target.items()))
+            sending = (self._send(producer, target, group) for target, group in by_target.items())
+            first = await asyncio.gather(*sending)
             point = {self._partition: OffsetAndMetadata(offset, metadata)}
             try:
                 await producer.send_offsets_to_transaction(point, self._group_id)
@@ -449,12 +477,14 @@ class TransactionWriter:
             self._commit = _Commit.ASKED
             await producer.commit_transaction()
             self._commit = _Commit.ANSWERED
+        return {target: _Written(by_target[target], at) for target, at in zip(by_target, first, strict=True)}
 
     @staticmethod
-    async def _send(producer: AIOKafkaProducer, target: TopicPartition, items: list[_Item]) -> None:
-        """Send one output partition's records in their order, one batch after the other."""
+    async def _send(producer: AIOKafkaProducer, target: TopicPartition, items: list[_Item]) -> int:
+        """Send one output partition's records in their order, one batch after the other; return where the first is."""
         now = time.time_ns() // 1_000_000
         at = 0
+        offset: int | None = None
         while at < len(items):
             batch = producer.create_batch()
             first = at
@@ -465,13 +495,20 @@ class TransactionWriter:
                 at += 1
             batch.close()
             try:
-                await (await producer.send_batch(batch, target.topic, partition=target.partition))
+                sent = await (await producer.send_batch(batch, target.topic, partition=target.partition))
+                offset = sent.offset if offset is None else offset
             except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
                 # Batches are half of a broker's default limit, so what is refused is the largest of this one.
                 raise _Refused(max(items[first:at], key=lambda one: len(one.value or b""))) from error
+        assert offset is not None, "there are items"
+        return offset
 
     def _hand_back(self, items: list[_Item], refused: _Item) -> None:
         """Give a refused record to its owner, and put what it appends instead in the record's place."""
+        if refused in self._again:
+            self._again.remove(refused)
+            log.error("a forgotten response is too large by now, and lost", **self._where(), offset=refused.token)
+            return
         waiting = len(self._pending)
         refused.owner.refused(refused.token)
         replacements = [self._pending.pop() for _ in range(len(self._pending) - waiting)]
@@ -492,6 +529,7 @@ class TransactionWriter:
         """
         self._failures += 1
         log.warning("transaction failed", **self._where(), error=repr(error), failures=self._failures)
+        self._hidden_until = time.monotonic() + HIDDEN_SECONDS
         await self._throw_away()
         effective = False
         while self._producer is None:
@@ -512,17 +550,20 @@ class TransactionWriter:
         """Tell whether the last transaction is committed; the old producer is fenced. Asked until there is an answer.
 
         Raises:
-            CommitForgotten: it is not, nor is what was committed before it.
+            CommitForgotten: it is not, nor is what was committed before it, and of that nothing else is known.
         """
-        if self._commit is _Commit.ANSWERED or (self._commit is _Commit.ASKED and self._decided):
+        if self._commit is _Commit.ANSWERED:
             return True
+        if self._decided:  # this one, or the one before, of which the sweep completes what is forgotten
+            return self._commit is _Commit.ASKED
         before = (source.committed, source.committed_map)
         if (offset, metadata) == before:
             return False  # the group's offsets tell nothing
         while True:
             with suppress(ClusterUnavailable, ClusterRefusal):
                 found = await self._committed() or (None, "")
-                if found not in {before, (offset, metadata)} and await self._is_member():
+                strange = found not in {before, (offset, metadata)} and not self._last_is_told
+                if strange and await self._is_member():
                     raise CommitForgotten(f"{self._partition}: committed were {before}, and there are {found}")
                 return found == (offset, metadata)
             await self._back_off()
@@ -535,9 +576,10 @@ class TransactionWriter:
         try:
             async with asyncio.timeout(STEP_TIMEOUT_SECONDS), self._ask_cluster() as cluster:
                 if self._decided is None:  # what is decided stays so; starting a producer makes the broker forget it
-                    state = await cluster.transaction(self._transactional_id)
-                    self._decided = None if state is None else state.committed
+                    self._decided = await self._decision(cluster)
                 leaders = await self._leaders(cluster)
+                if self._decided is None:
+                    await self._account_for_the_last(cluster)
                 with its_assertions_are_failures():
                     await connect_client(producer)
                 effective = took_effect is not None and await took_effect()
@@ -546,8 +588,13 @@ class TransactionWriter:
             await discard(producer, 0)
             raise
         self._decided = None
+        self._last.clear()
         self._say_what_is_left_out()
         return producer, effective
+
+    async def _decision(self, cluster: Cluster) -> bool | None:
+        state = await cluster.transaction(self._transactional_id)
+        return None if state is None else state.committed
 
     def _say_what_is_left_out(self) -> None:
         left_out = self._dead_letters is not None and self._dead_letters not in self._swept
@@ -566,6 +613,35 @@ class TransactionWriter:
         assert producer is not None
         async with asyncio.timeout(STEP_TIMEOUT_SECONDS), self._ask_cluster() as cluster:
             await self._sweep(producer, cluster, await self._leaders(cluster), commit=True)
+        self._last.clear()
+
+    async def _account_for_the_last(self, cluster: Cluster) -> None:
+        """Find what a broker has forgotten of the last commit, before what is open beside it is aborted.
+
+        A reader of committed records comes as far as where the oldest open transaction begins. That is the last commit,
+        for a record is of one transaction, or it is an older one, behind which nothing can be seen: it will end.
+
+        Raises:
+            ClusterUnavailable, ClusterRefusal: as :meth:`Cluster.offsets`.
+            _NotSwept: there is an older one.
+        """
+        if not self._last:
+            return
+        stable = await cluster.offsets(self._last, LATEST, committed_only=True)
+        if any(stable[target] < written.first for target, written in self._last.items()):
+            if time.monotonic() < self._hidden_until:
+                raise _NotSwept("an older transaction of somebody else hides whether the last commit is complete")
+            log.warning("it cannot be told whether the last commit is complete", **self._where())
+            return
+        self._decided = await self._decision(cluster)
+        if self._decided is not None:  # meanwhile; if it was aborted, what was open before may have been taken along
+            return
+        for target, written in self._last.items():
+            if stable[target] == written.first:
+                log.warning("a broker has forgotten a commit: written again", **self._where(), into=target.topic)
+                self._again.extend(written.items)
+        self._last_is_told = all(written.first >= 0 for written in self._last.values())
+        self._last.clear()
 
     async def _leaders(self, cluster: Cluster) -> dict[TopicPartition, object]:
         """Wait until all that has to be swept is led; return who leads it, None from a broker that does not tell.

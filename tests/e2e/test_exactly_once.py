@@ -10,21 +10,20 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.errors import InvalidTxnState
+from aiokafka.errors import InvalidTxnState, KafkaError
 
 from brokers import Broker
 from consumer.config import Config
 from consumer.kafka.clients import make_transactional_producer
-from consumer.kafka.topics import Cluster
+from consumer.kafka.topics import LATEST, Cluster
 from consumer.kafka.transaction_states import TransactionState
-from consumer.kafka.transactions import Transactions
+from consumer.kafka.transactions import Transactions, TransactionWriter
 from consumer.offset_map import SizeLimit
 from ledger import Reader
 from load import PARTITIONS, Load, ends
@@ -191,30 +190,114 @@ def test_what_the_broker_has_forgotten_is_ended_as_it_was_decided(apache: Broker
 
 async def own_both_partitions(broker: Broker, group: str, output: str) -> None:
     """Start the producers of the next owner."""
+    for number in range(2):
+        place = TopicPartition("operations", number)
+        writer = make_writer(broker, group, place, output, lambda error: pytest.fail(repr(error)))
+        async with asyncio.timeout(30):
+            await writer.start()
+        await writer.stop()
+
+
+def make_writer(
+    broker: Broker, group: str, place: TopicPartition, output: str, failed: Callable[[BaseException], None]
+) -> TransactionWriter:
+    """Make the writer of an input partition whose owner is a member for ever."""
     config = reached(broker, group_id=group)
     transactions = Transactions(
         group_id=group,
         ask_cluster=partial(Cluster, config),
         make_producer=partial(make_transactional_producer, config),
-        interval_seconds=0.1,
+        interval_seconds=0.0,
         output=partial(TopicPartition, output),
         dead_letters=None,
     )
 
-    async def unasked() -> Any:
+    async def is_member() -> bool:
+        return True
+
+    async def committed() -> tuple[int, str] | None:
+        async with Cluster(config) as cluster:
+            found = (await cluster.committed(group, [place])).get(place)
+        return None if found is None else (found.offset, found.metadata)
+
+    return transactions.writer(
+        place, is_member=is_member, committed=committed, map_size=SizeLimit(), failed=failed
+    )
+
+
+@pytest.mark.slow
+def test_what_the_broker_has_forgotten_of_the_last_commit_is_written_again(
+    apache: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I1: the next transaction, which fails, takes it along; its offsets are committed, so nobody else writes it."""
+    source, output = apache.create_topic("operations"), apache.create_topic("responses")
+    with unverified(apache):
+        asyncio.run(forget_the_first_of_three(apache, TopicPartition(source, 0), output, monkeypatch))
+
+    reader = Reader(apache, output, isolation="read_committed")
+    assert [answer.value for answer in reader.read_to_end()] == [b"0", b"1", b"2"]
+    reader.close()
+
+
+class Owner:
+    """An assignment whose records are all answered, and whoever handed them in."""
+
+    def __init__(self) -> None:
+        self.committed: int | None = None
+        self.committed_map = ""
+        self.acknowledged_tokens: list[int] = []
+
+    def settle(self, offsets: Sequence[int]) -> tuple[int, str]:
+        return max(offsets) + 1, ""
+
+    def transaction_committed(self, offset: int, metadata: str, *, map_left_out: bool) -> None:
+        self.committed, self.committed_map = offset, metadata
+
+    def lose(self) -> None:
         raise AssertionError
 
-    for number in range(2):
-        writer = transactions.writer(
-            TopicPartition("operations", number),
-            is_member=unasked,
-            committed=unasked,
-            map_size=SizeLimit(),
-            failed=lambda error: pytest.fail(repr(error)),
-        )
-        async with asyncio.timeout(30):
-            await writer.start()
+    def acknowledged(self, tokens: Sequence[int]) -> None:
+        self.acknowledged_tokens.extend(tokens)
+
+    def refused(self, token: int) -> None:
+        raise AssertionError
+
+
+async def forget_the_first_of_three(
+    broker: Broker, source: TopicPartition, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commit a transaction of which the coordinator knows the offsets alone; let the next one fail, and write on."""
+    failures: list[BaseException] = []
+    group = f"{output}-group"
+    writer, owner = make_writer(broker, group, source, output, failures.append), Owner()
+    place = TopicPartition(output, 0)
+    async with asyncio.timeout(60):
+        await writer.start()
+        producer = writer._producer
+        assert producer is not None
+        manager = producer._txn_manager
+        monkeypatch.setattr(manager, "maybe_add_partition_to_txn", manager._txn_partitions.add)
+        writer.begin(owner)
+        for number in range(3):
+            writer.lane(place).append(b"key", b"%d" % number, [], owner, number)
+            while len(owner.acknowledged_tokens) == number:
+                assert failures == []
+                await asyncio.sleep(0.01)
+            if number == 0:
+                monkeypatch.undo()
+                async with Cluster(reached(broker)) as cluster:
+                    await completed(cluster, f"{group}/{source.topic}/0")
+                    stable = await cluster.offsets([place], LATEST, committed_only=True)
+                    assert stable != await cluster.offsets([place], LATEST), "void: not forgotten"
+                monkeypatch.setattr(producer, "commit_transaction", fail)
         await writer.stop()
+    assert owner.acknowledged_tokens == [0, 1, 2]
+    assert writer._producer is not producer
+
+
+async def fail() -> None:
+    """A step that fails."""
+    raise KafkaError
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ The producer is a double of the client's: a transaction's records count once it 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Self
@@ -26,7 +26,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from consumer.assignment import Owner
 from consumer.kafka import transactions as transactions_module
-from consumer.kafka.topics import ClusterUnavailable
+from consumer.kafka.topics import LATEST, ClusterUnavailable
 from consumer.kafka.transaction_states import TransactionState
 from consumer.kafka.transactions import CommitForgotten, TransactionWriter
 from consumer.offset_map import SizeLimit
@@ -60,10 +60,16 @@ class Log:
         """By step: what the next ones raise, or call, which raises."""
         self.commit_answers_lost = 0
         """So many commits take effect, and fail."""
-        self.markers_lost = 0
-        """So many commits are decided, late, and take no effect; they become part of the next one."""
-        self.output_markers_lost = 0
-        """So many commits are decided, and only their offsets take effect."""
+        self.forgets: deque[set[str]] = deque()
+        """Where the next commits that are decided take no effect, `output` or `offsets`; `slow`: nor at once."""
+        self.ends: Counter[TopicPartition] = Counter()
+        """Where the next record will be."""
+        self.open: dict[TopicPartition, int] = {}
+        """Where what is open begins."""
+        self.places_told = True
+        """Whether an answer says where records are."""
+        self.hidden = 0
+        """So many questions for that find an older transaction of somebody else."""
         self.forgotten: list[tuple[TopicPartition, bytes | None]] = []
         """Records of theirs."""
         self.forgotten_offsets: tuple[int, str] | None = None
@@ -89,7 +95,7 @@ class Log:
         self.producers: list[ProducerDouble] = []
 
     def fail(self, step: str, *errors: Exception | Callable[[], object]) -> None:
-        """Have a step fail: start, begin, sweep, swept, send, offsets, commit, question."""
+        """Have a step fail: connect, start, begin, sweep, swept, send, offsets, commit, question."""
         self.failures.setdefault(step, deque()).extend(errors)
 
     def step(self, name: str) -> None:
@@ -133,6 +139,7 @@ class Log:
             self.committed = self.forgotten_offsets or self.committed
         self.forgotten.clear()
         self.forgotten_offsets = None
+        self.open.clear()
         self.state = self.state and ("CompleteCommit" if commit else "CompleteAbort")
 
     def begun(self) -> None:
@@ -170,6 +177,16 @@ class ClusterDouble:
         if self.log.state is None:
             return None
         return {one: self.log.leaders[one] for one in partitions if one in self.log.leaders}
+
+    async def offsets(
+        self, partitions: Sequence[TopicPartition], at: int, *, committed_only: bool
+    ) -> dict[TopicPartition, int]:
+        assert (at, committed_only) == (LATEST, True)
+        self.log.step("open")
+        if self.log.hidden:
+            self.log.hidden -= 1
+            return dict.fromkeys(partitions, -1)
+        return {one: self.log.open.get(one, self.log.ends[one]) for one in partitions}
 
 
 class Batch:
@@ -210,6 +227,7 @@ class ProducerDouble:
         self.client = SimpleNamespace(close=self._closed)
 
     async def start(self) -> None:
+        self.log.step("connect")
         if self.log.state == "Ongoing":
             self.log.end(commit=False)
         self.log.step("start")
@@ -257,15 +275,18 @@ class ProducerDouble:
     def create_batch(self) -> Batch:
         return Batch()
 
-    async def send_batch(self, batch: Batch, topic: str, *, partition: int) -> asyncio.Future[None]:
+    async def send_batch(self, batch: Batch, topic: str, *, partition: int) -> asyncio.Future[SimpleNamespace]:
         self.log.begun()
         self.log.step("send")
-        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sent: asyncio.Future[SimpleNamespace] = asyncio.get_running_loop().create_future()
+        target = TopicPartition(topic, partition)
         if any(len(value or b"") > self.log.value_max for value in batch.values):
             sent.set_exception(MessageSizeTooLargeError())
         else:
-            self.open.extend((TopicPartition(topic, partition), value) for value in batch.values)
-            sent.set_result(None)
+            self.open.extend((target, value) for value in batch.values)
+            self.log.open.setdefault(target, self.log.ends[target])
+            sent.set_result(SimpleNamespace(offset=self.log.ends[target] if self.log.places_told else -1))
+            self.log.ends[target] += len(batch.values)
         return sent
 
     async def send_offsets_to_transaction(self, offsets: dict[TopicPartition, OffsetAndMetadata], group: str) -> None:
@@ -286,20 +307,19 @@ class ProducerDouble:
         assert self.offsets is not None
         log, offsets = self.log, (self.offsets.offset, self.offsets.metadata)
         log.transactions.append(len(self.open))
-        if log.markers_lost or log.output_markers_lost:
-            log.state = log.state and "CompleteCommit"
-            log.forgotten.extend(self.open)
-            if log.markers_lost:
-                log.markers_lost -= 1
-                log.forgotten_offsets = offsets
-                log.now += 60
-            else:
-                log.output_markers_lost -= 1
-                log.committed = offsets
-        else:
-            log.forgotten.extend(self.open)
-            log.end(commit=True)
-            log.committed = offsets
+        forgets = log.forgets.popleft() if log.forgets else set()
+        log.forgotten.extend(self.open)
+        log.forgotten_offsets = offsets
+        log.state = log.state and "CompleteCommit"
+        if "output" not in forgets:
+            written = {target for target, _ in self.open}
+            log.records.extend(record for record in log.forgotten if record[0] in written)
+            log.forgotten = [record for record in log.forgotten if record[0] not in written]
+            log.open = {target: at for target, at in log.open.items() if target not in written}
+        if "offsets" not in forgets:
+            log.committed, log.forgotten_offsets = offsets, None
+        if "slow" in forgets:
+            log.now += 60
         if log.commit_answers_lost:
             log.commit_answers_lost -= 1
             raise RequestTimedOutError
@@ -670,7 +690,7 @@ async def test_a_defect_of_our_own_is_none_of_the_client(rig: Rig) -> None:
 
 async def test_a_slow_commit_is_followed_by_a_sweep(rig: Rig) -> None:
     """I1: a broker may have answered and forgotten it, and the next transaction that is aborted would end it."""
-    rig.log.markers_lost = 1
+    rig.log.forgets.append({"output", "offsets", "slow"})
     rig.append(0, b"0")
     await rig.begun()
 
@@ -684,7 +704,7 @@ async def test_a_commit_that_was_answered_is_completed_though_its_sweep_fails(ri
     """I1: its answer stands, also where nobody tells how it was decided."""
     await rig.begun()
     rig.log.state = state
-    rig.log.markers_lost = 1
+    rig.log.forgets.append({"output", "offsets", "slow"})
     rig.log.fail("leaders", ClusterUnavailable("not led by any broker"))
     rig.append(0, b"0")
 
@@ -693,10 +713,14 @@ async def test_a_commit_that_was_answered_is_completed_though_its_sweep_fails(ri
     assert len(rig.log.producers) == 2
 
 
-@pytest.mark.parametrize("markers", ["markers_lost", "output_markers_lost"])
-async def test_a_commit_without_an_answer_that_was_decided_is_completed(rig: Rig, markers: str) -> None:
+SIDES = [{"output"}, {"offsets"}, {"output", "offsets"}]
+"""Where a broker may forget a commit."""
+
+
+@pytest.mark.parametrize("sides", SIDES, ids=" and ".join)
+async def test_a_commit_without_an_answer_that_was_decided_is_completed(rig: Rig, sides: set[str]) -> None:
     """I1, I2: forgotten in the output, nobody would write it again; in the offsets, it would be there twice."""
-    setattr(rig.log, markers, 1)
+    rig.log.forgets.append(sides)
     rig.log.commit_answers_lost = 1
     rig.append(0, b"0")
     await rig.begun()
@@ -709,7 +733,8 @@ async def test_a_commit_without_an_answer_that_was_decided_is_completed(rig: Rig
 async def test_where_nobody_tells_the_offsets_tell_that_a_commit_took_effect(rig: Rig) -> None:
     """I1: brokers before 3.0; what is left open of it in the output is completed too."""
     rig.log.state = None
-    rig.log.output_markers_lost = rig.log.commit_answers_lost = 1
+    rig.log.forgets.append({"output"})
+    rig.log.commit_answers_lost = 1
     rig.append(0, b"0")
     await rig.begun()
 
@@ -752,19 +777,154 @@ async def test_a_decision_counts_where_the_offsets_tell_nothing(rig: Rig) -> Non
     assert rig.values() == [b"1"]
 
 
-async def test_a_commit_that_turns_out_to_be_forgotten_ends_the_process(rig: Rig) -> None:
-    """I1: its records were answered to nobody; who starts anew begins with them."""
-    rig.append(0, b"0")
+@pytest.mark.parametrize("sides", SIDES, ids=" and ".join)
+@pytest.mark.parametrize("step", ["begin", "send", "offsets", "commit"])
+async def test_a_commit_that_turns_out_to_be_forgotten_is_made_good(rig: Rig, sides: set[str], step: str) -> None:
+    """I1, I2: it was answered at once, and the transaction after it, which fails, is aborted together with it."""
     await rig.begun()
+    rig.log.forgets.append(sides)
+    rig.append(0, b"letter", DEAD)
+    for token in range(BATCH_RECORDS + 1):
+        rig.append(token, b"%d" % token)
+    await rig.acknowledged(0, *range(BATCH_RECORDS + 1))
+    rig.log.fail(step, ProducerFenced(), ProducerFenced())
+    rig.log.fail("connect", OSError("refused"))
+    rig.log.fail("sweep", ProducerFenced())
+    rig.append(BATCH_RECORDS + 1, b"next")
+
+    await rig.acknowledged(0, *range(BATCH_RECORDS + 2))
+    assert rig.values() == [*(b"%d" % token for token in range(BATCH_RECORDS + 1)), b"next"]
+    assert (rig.values(DEAD), rig.log.committed) == ([b"letter"], (BATCH_RECORDS + 2, ""))
+
+
+async def test_a_commit_is_made_good_by_the_next_one_that_takes_effect(rig: Rig) -> None:
+    """I2: to write it again would be once too often."""
+    await rig.begun()
+    rig.log.forgets.append({"output", "offsets"})
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    rig.log.commit_answers_lost = 1
+    rig.append(1, b"1")
+    await rig.acknowledged(0, 1)
+    rig.log.fail("commit", ProducerFenced())
+    rig.append(2, b"2")
+
+    await rig.acknowledged(0, 1, 2)
+    assert rig.values() == [b"0", b"1", b"2"]
+
+
+async def test_a_commit_is_made_good_by_no_other_that_does_not_go_there(rig: Rig) -> None:
+    """I1: markers go only where a transaction was written to, and there may be few dead letters."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    rig.append(0, b"letter", DEAD)
+    rig.append(0, b"0")
+    await rig.acknowledged(0, 0)
+    rig.append(1, b"1")
+    await rig.acknowledged(0, 0, 1)
+    rig.assigned.finished.add(2)
+    rig.writer.commit_offset()
+    await until(lambda: rig.log.committed == (3, ""))
+    assert (rig.values(), rig.values(DEAD)) == ([b"0", b"1"], [])
+    rig.log.fail("commit", ProducerFenced())
+    rig.append(3, b"3")
+
+    await rig.acknowledged(0, 0, 1, 3)
+    assert (rig.values(), rig.values(DEAD)) == ([b"0", b"1", b"3"], [b"letter"])
+
+
+async def test_what_is_made_good_is_so_once(rig: Rig) -> None:
+    """I2: it is no part of the transactions after it."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    for token, failures in ((1, [ProducerFenced()]), (2, []), (3, [ProducerFenced()])):
+        rig.log.fail("commit", *failures)
+        rig.append(token, b"%d" % token)
+        await rig.acknowledged(*range(token + 1))
+
+    assert rig.values() == [b"0", b"1", b"2", b"3"]
+
+
+async def test_an_older_transaction_that_hides_the_last_commit_is_waited_for(rig: Rig) -> None:
+    """I1: it is somebody else's, in the same partition; no producer starts, which would abort what is behind it."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    rig.log.hidden = 3
+    rig.log.fail("open", ClusterUnavailable("away"))
+    rig.log.fail("commit", ProducerFenced())
+    rig.append(1, b"1")
+
+    await rig.acknowledged(0, 1)
+    assert rig.values() == [b"0", b"1"]
+
+
+@pytest.mark.parametrize("why", ["hidden", "its place is not known"])
+async def test_a_commit_of_which_nobody_can_tell_what_is_forgotten_ends_the_process(rig: Rig, why: str) -> None:
+    """I1: who starts anew begins with its records, as the offsets say. That an earlier one was told counts for it."""
+    await rig.begun()
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    rig.log.fail("commit", ProducerFenced())
+    rig.log.forgets.append({"output", "offsets"})
+    rig.log.places_told = why == "hidden"
+    rig.append(1, b"1")
+    await rig.acknowledged(0, 1)
+    if why == "hidden":
+        rig.log.hidden = 1_000_000
+    rig.log.fail("commit", ProducerFenced())
+    rig.append(2, b"2")
+
+    await until(lambda: bool(rig.failures))
+    assert isinstance(rig.failures.pop(), CommitForgotten)
+    assert rig.assigned.acknowledged_tokens == [0, 1]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before it was asked", "while it was"])
+async def test_a_transaction_that_the_broker_has_aborted_by_itself_takes_what_is_forgotten_with_it(
+    rig: Rig, late: bool
+) -> None:
+    """I1: nobody can tell then, unless the offsets are forgotten too; the same end."""
+    await rig.begun()
+    rig.log.forgets.append({"output", "offsets"})
+    rig.append(0, b"0")
     await rig.acknowledged(0)
 
-    rig.log.committed = None
-    rig.log.fail("commit", ProducerFenced())
+    def time_out() -> None:
+        rig.log.end(commit=False)
+        if not late:
+            raise TimeoutError
+
+    if late:
+        rig.log.fail("open", time_out)
+        rig.log.fail("commit", TimeoutError())
+    else:
+        rig.log.fail("commit", time_out)
     rig.append(1, b"1")
 
     await until(lambda: bool(rig.failures))
     assert isinstance(rig.failures.pop(), CommitForgotten)
-    assert rig.assigned.acknowledged_tokens == [0]
+
+
+async def test_what_is_to_be_made_good_and_has_become_too_large_holds_up_nothing(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its owner was told long ago that it is written."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    rig.append(0, b"x" * 100)
+    rig.append(1, b"1")
+    await rig.acknowledged(0, 1)
+    rig.log.fail("commit", ProducerFenced())
+    rig.log.value_max = 10
+    rig.append(2, b"2")
+
+    await rig.acknowledged(0, 1, 2)
+    assert rig.values() == [b"1", b"2"]
+    assert "too large by now, and lost" in caplog.text
 
 
 async def test_a_commit_that_would_have_changed_nothing_is_written_again(rig: Rig) -> None:
