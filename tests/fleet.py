@@ -21,7 +21,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -117,6 +117,8 @@ class Member:
     stopped_at: float = 0.0
     """When it was asked to end; 0 while it was not."""
     frozen: bool = False
+    doomed: bool = False
+    """It will end itself by SIGKILL."""
     memory: list[int] = field(default_factory=list)
     """Resident bytes, every `MEMORY_SAMPLE_SECONDS`."""
 
@@ -265,7 +267,10 @@ class Fleet:
         if self.feeder.error is not None:
             raise self.feeder.error
         for place, member in list(self.members.items()):
-            if member.service.process.poll() is not None:
+            code = member.service.process.poll()
+            if code == -signal.SIGKILL and member.doomed:
+                self._fell(place)
+            elif code is not None:
                 self.wrong.append(f"I12: {member.name} ended unasked: {member.service.obituary()}")
                 del self.members[place]
                 self._count_the_able()
@@ -322,13 +327,13 @@ class Fleet:
 
     # ------------------------------------------------------------------------------------------ members
 
-    def start(self, place: int) -> Member:
-        """Start a member; it is not waited for."""
+    def start(self, place: int, doom: Mapping[str, str] | None = None) -> Member:
+        """Start a member; it is not waited for. With the environment *doom* it will end itself by SIGKILL."""
         config = copy.deepcopy(self.stage.config)
         client_id = config["kafka"]["client_id"] = f"m{place}-{len(self._all)}"
-        service = ServiceProcess(self.stage.folder, config, name=client_id)
+        service = ServiceProcess(self.stage.folder, config, name=client_id, **(doom or {}))
         self.stage.processes.append(service)
-        member = self.members[place] = Member(place, service, client_id)
+        member = self.members[place] = Member(place, service, client_id, doomed=doom is not None)
         self._all.append(member)
         self._count_the_able()
         return member
@@ -344,6 +349,14 @@ class Fleet:
         self.happened["kills"] += 1
         self.happened[f"kills of a member {at}"] += 1
         self.happened["kills with work left"] += left > 0
+        self._count_the_able()
+
+    def _fell(self, place: int) -> None:
+        """Note that a doomed member has ended itself."""
+        self._dead[place] = self.members.pop(place)
+        self.faults.append(Fault(now_ms()))
+        self.happened["kills at a step"] += 1
+        self.happened["kills with work left"] += self.load.sent > len(self.stage.ledger.answers)
         self._count_the_able()
 
     def bury(self, place: int) -> None:

@@ -56,7 +56,7 @@ H31    unit/test_watchdog
 H32    unit/test_connection
 H33    unit/test_connection
 H34    here; unit/test_poller
-H35    concerns nobody here: certificates are read when a client is made, and changed ones take a restart
+H35    unit/test_certificates, e2e/test_security
 H36    unit/test_connection
 H37    unit/test_log
 ====== =======================================================================================================

@@ -323,7 +323,7 @@ def test_connections_outlive_their_tokens(gate: Gate) -> None:
 
 
 def test_replaced_certificates_are_used_without_a_restart(gate: Gate) -> None:
-    """Another authority signs all of them, and back again; nobody of the old one is trusted by either side."""
+    """H35: another authority signs all of them, and back again; nobody of the old one is trusted by either side."""
     service, stage, secured = gate.service("MTLS"), gate.stages["MTLS"], gate.secured
     client, successor = gate.files["renewed"], type(secured.authority)()
     ask(stage)

@@ -1,4 +1,4 @@
-"""A replaced certificate holds for the next connection, and one that cannot be used changes nothing."""
+"""A replaced certificate holds for the next connection, and one that cannot be used changes nothing (H35)."""
 
 from __future__ import annotations
 
