@@ -610,6 +610,24 @@ class Fleet:
                 for outcome in outcomes:
                     self.happened[f"releases: {outcome}"] += 1
 
+    def second_opinion(self) -> None:
+        """Hold what ``tierstream verify`` finds against what the ledger has found; after `settle`."""
+        config = self.stage.processes[-1].log.with_suffix(".yaml")
+        done = command_line("verify", "--json", "--config", str(config), cwd=self.stage.folder)
+        found, verdict = json.loads(done.stdout or "{}"), self.stage.ledger.verdict()
+        expected = {
+            "records": verdict.records,
+            "responses": verdict.responses,
+            "missing": verdict.missing,
+            "duplicated": sorted(verdict.duplicated),
+            "mismatched": [],
+        }
+        found["duplicated"] = sorted(found.get("duplicated", ()))
+        different = [name for name, value in expected.items() if found.get(name) != value]
+        if different:
+            self.wrong.append(f"verify disagrees with the ledger in {different}: {done.stderr[-500:]}")
+        self.happened["repeats that verify has found too"] += len(found["duplicated"])
+
     def _readers_disagree(self) -> Iterator[str]:
         """The reader during the faults and one after them have to agree; tell what transactions have hidden."""
         ledger = self.stage.ledger

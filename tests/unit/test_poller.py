@@ -420,6 +420,28 @@ class TestPolling:
         await rig.polled_again()
 
         assert rig.consumer.paused == {FIRST, SECOND}
+        rig.storage.let_all_go()
+        rig.place.responses.acknowledge_always()
+        rig.consumer.write(*SECOND, *inserts(3, 2))
+        await until(lambda: len(rig.place.responses.appended) == 13)
+
+    async def test_a_partition_that_stands_still_does_not_hold_the_bytes_of_all(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Contract 4: it is fetched for up to its own share of them, and its neighbour goes on."""
+        monkeypatch.setattr(poller_module, "POLL_RECORDS_MAX", 1)
+        rig = make(GatedStorage("stuck"), limit=2, budget_bytes=400_000)
+        rig.place.responses.acknowledge_always()
+        await rig.join(FIRST, SECOND)
+        for offset in range(20):
+            rig.consumer.write(*FIRST, fetched("insert", offset, "stuck", b"x" * 30_000))
+        await until(lambda: rig.consumer.paused == {FIRST})
+
+        rig.consumer.write(*SECOND, *inserts(0, 3))
+
+        await rig.answered(0, 1, 2)
+        assert rig.state(FIRST)["buffered"] == 3  # 90 KB, above half of three eighths of the budget
+        assert rig.poller.shared_reasons() == []
 
     async def test_failing_polls_make_the_service_unready_and_one_alone_does_not(self, make: MakeRig) -> None:
         """Contract 8: a rebalance's hiccup is no news; a topic that may not be read is."""
@@ -647,6 +669,15 @@ class TestWindows:
         assert all(windows)
         assert sum(window or 0 for window in windows) <= 5
 
+    @pytest.mark.parametrize(("policy", "windows"), [("share-of-available", [10, 9]), ("equal-share", [50, 50])])
+    async def test_windows_are_as_the_policy_says(self, make: MakeRig, policy: str, windows: list[int]) -> None:
+        """Contract 4: a tenth of what is left, one after the other; or the limit, divided."""
+        rig = make(limit=100, window_policy=policy, pipeline={"fraction": Fraction(1, 10)})
+        await rig.join(SECOND, FIRST)
+
+        assert [state["window"] for state in rig.poller.snapshot()] == windows
+        assert rig.place.limiter.in_use == sum(windows)
+
     async def test_reservations_are_taken_after_the_old_ones_are_back(self, make: MakeRig) -> None:
         """Contract 3: else a rebalance would find its own permits taken."""
         rig = make(limit=4)
@@ -675,6 +706,34 @@ class TestWindows:
         rig.consumer.write("operations", starved["partition"], *inserts(0, 1))
 
         await rig.answered(0)
+
+    async def test_a_window_that_comes_back_is_taken_at_once_by_who_waits_for_one(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Contract 4: however long it would have waited until its next attempt."""
+        monkeypatch.setattr(assignment_module, "IDLE_SECONDS", 0.0)
+        monkeypatch.setattr(assignment_module, "RESERVE_BACKOFF_SECONDS", 1e9)
+        monkeypatch.setattr(assignment_module, "RESERVE_BACKOFF_SECONDS_MAX", 1e9)
+        rig = make(limit=1, window_exhausted="pause")
+        await rig.join(FIRST, SECOND)
+
+        await until(lambda: (rig.state(FIRST)["window"], rig.state(SECOND)["window"]) == (0, 1))
+
+    async def test_an_idle_window_stays_where_it_is_while_nobody_has_anything_to_read(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Contract 4, 8: else it would wander from one idle partition to the next for ever."""
+        monkeypatch.setattr(assignment_module, "IDLE_SECONDS", 0.0)
+        rig = make(limit=1, window_exhausted="pause")
+        await rig.join(FIRST, SECOND)
+        reservations = rig.place.counts.reservations
+        await until(lambda: rig.state(FIRST)["lag"] == rig.state(SECOND)["lag"] == 0)
+        await until(lambda: rig.place.limiter.in_use == 1)
+        granted, refused = reservations["granted"], reservations["at_capacity"]
+
+        await until(lambda: reservations["at_capacity"] >= refused + 10)
+
+        assert reservations["granted"] <= granted + 1  # one may have been on its way
 
     @pytest.mark.parametrize(("exhausted", "windows"), [("equal-share", 50), ("pause", 22)])
     async def test_more_partitions_than_permits_is_a_normal_state(
