@@ -73,8 +73,13 @@ class ConsumerDouble:
         self._joined = asyncio.Event()
         self._joined.set()
         forever: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._fetch_max_wait_ms = 500
         self._fetcher = SimpleNamespace(
-            _fetch_task=forever, _records={}, _max_partition_fetch_bytes=1000, _fetch_max_bytes=5000
+            _fetch_task=forever,
+            _records={},
+            _max_partition_fetch_bytes=1000,
+            _fetch_max_bytes=5000,
+            _fetch_max_wait_ms=500,
         )
         self._coordinator = SimpleNamespace(_coordination_task=forever, generation=-1, member_id="")
         self.brokers = {0}
@@ -187,7 +192,6 @@ class ConsumerDouble:
             self._own(partition)
             self.calls.append(f"resume {partition.partition}")
             self.paused.discard(partition)
-            self._changed.set()
 
     async def position(self, partition: TopicPartition) -> int:
         self._own(partition)

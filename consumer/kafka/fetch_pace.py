@@ -33,20 +33,18 @@ PAUSE_SECONDS = 0.02
 
 
 class FetchPace:
-    """Tells how long the answer of a broker is to be kept back (pure).
+    """Tells how long the answer of a broker is to be kept back (pure)."""
 
-    Args:
-        max_wait_seconds: How long a broker may hold a fetch that finds nothing.
-    """
-
-    def __init__(self, max_wait_seconds: float) -> None:
-        self._soon_seconds = max_wait_seconds / 2
+    def __init__(self) -> None:
         self._too_soon: Counter[int] = Counter()
         """By broker: answers too soon, one after the other."""
 
-    def pause(self, broker: int, seconds: float, *, records: bool) -> float:
-        """Count an answer of *broker* that took *seconds*; return the seconds until it may be handed on, mostly 0."""
-        if records or seconds >= self._soon_seconds:
+    def pause(self, broker: int, seconds: float, max_wait_seconds: float, *, records: bool) -> float:
+        """Count an answer of *broker* that took *seconds*; return the seconds until it may be handed on, mostly 0.
+
+        The broker may have held that fetch for *max_wait_seconds* if it found nothing.
+        """
+        if records or seconds >= max_wait_seconds / 2:
             self._too_soon.pop(broker, None)
             return 0.0
         self._too_soon[broker] += 1
@@ -68,7 +66,8 @@ class _PacedSend:
         began = time.monotonic()
         answer = await self._send(node_id, request, **named)
         if isinstance(request, FetchRequest):
-            seconds = self._pace.pause(node_id, time.monotonic() - began, records=_has_records(answer))
+            took, max_wait = time.monotonic() - began, request._max_wait_ms / 1000  # noqa: SLF001 - held by a test
+            seconds = self._pace.pause(node_id, took, max_wait, records=_has_records(answer))
             if seconds:
                 await asyncio.sleep(seconds)
         return answer
@@ -76,8 +75,7 @@ class _PacedSend:
 
 def paced(consumer: AIOKafkaConsumer, pace: FetchPace | None = None) -> AIOKafkaConsumer:
     """Return *consumer*, which has not been started, with its fetches paced; private names, held by a test."""
-    pace = pace or FetchPace(consumer._fetch_max_wait_ms / 1000)  # noqa: SLF001 - as above
-    consumer._client.send = _PacedSend(consumer._client.send, pace)  # type: ignore[method-assign]  # noqa: SLF001 - as above
+    consumer._client.send = _PacedSend(consumer._client.send, pace or FetchPace())  # type: ignore[method-assign]  # noqa: SLF001 - as above
     return consumer
 
 

@@ -112,6 +112,11 @@ without a window are told apart by it, those with lag from those without."""
 UNREADABLE_SECONDS = 5.0
 """How long a partition is set aside of which something cannot be read: each attempt has the others fetch again."""
 
+BUSY_MILLISECONDS = 10
+"""Longest wait of a poll, and of a fetch at the broker, while some partition has records. A partition that has enough
+of them is left out of both, and is asked for again when a thousand are left (``BUFFER_RECORDS_RESUME``): two such waits
+fit into the 20 ms that those take. A hundred fetches a second that bring nothing cost 3 % of a core."""
+
 FETCH_BYTES_MAX = 2**31 - 1
 """Largest fetch limit that the protocol can express."""
 
@@ -300,9 +305,10 @@ class Poller(ConsumerRebalanceListener):
             self._check_client()
             self._polls += 1
             wanted = tuple(self._fetching)
+            wait = self._wait_milliseconds() if wanted else 0
             try:
                 fetched = await consumer.getmany(
-                    *(wanted or (_NOWHERE,)), timeout_ms=POLL_MILLISECONDS * bool(wanted), max_records=POLL_RECORDS_MAX
+                    *(wanted or (_NOWHERE,)), timeout_ms=wait, max_records=POLL_RECORDS_MAX
                 )
             except OffsetOutOfRangeError as error:
                 await self._reset(error.args[0])
@@ -323,6 +329,19 @@ class Poller(ConsumerRebalanceListener):
                 self._hand_over(fetched)
                 if not wanted:
                     await self._until_opened()
+
+    def _wait_milliseconds(self) -> int:
+        """Say how long a poll may wait, and tell the client how long a broker may hold a fetch that finds nothing.
+
+        Neither can be called off for a partition that is to be asked for again: a poll waits for the partitions it was
+        begun with, and the client has one fetch under way to each broker. While some partition has records, both are
+        kept short, or it would wait for those that have none. Private names, held by a test.
+        """
+        busy = any(one.buffered_bytes for one in self._assignments.values())
+        usual = self._client._fetch_max_wait_ms  # noqa: SLF001 - as set for all fetches
+        fetcher: Any = self._client._fetcher  # noqa: SLF001 - what a running client asks for is set nowhere else
+        fetcher._fetch_max_wait_ms = min(BUSY_MILLISECONDS, usual) if busy else usual  # noqa: SLF001 - as above
+        return min(BUSY_MILLISECONDS, POLL_MILLISECONDS) if busy else POLL_MILLISECONDS
 
     def _hand_over(self, fetched: Mapping[TopicPartition, list[Any]]) -> None:
         """Give records to their assignments; stop fetching where enough is buffered, in the same step of the loop."""

@@ -22,13 +22,14 @@ FETCHES = 12
 class _Observed(FetchPace):
     """Keeps the pauses it asks for, and tells when there have been enough."""
 
-    def __init__(self, max_wait_seconds: float) -> None:
-        super().__init__(max_wait_seconds)
+    def __init__(self) -> None:
+        super().__init__()
         self.pauses: list[float] = []
         self.enough = asyncio.Event()
 
-    def pause(self, broker: int, seconds: float, *, records: bool) -> float:
-        self.pauses.append(super().pause(broker, seconds, records=records))
+    def pause(self, broker: int, seconds: float, max_wait_seconds: float, *, records: bool) -> float:
+        assert max_wait_seconds == HOLD_SECONDS
+        self.pauses.append(super().pause(broker, seconds, max_wait_seconds, records=records))
         if len(self.pauses) >= FETCHES:
             self.enough.set()
         return self.pauses[-1]
@@ -37,7 +38,7 @@ class _Observed(FetchPace):
 async def test_an_idle_consumer_asks_seldom_and_still_reads_what_comes(broker: Broker) -> None:
     """A broker that holds its fetches is never paused for; the embedded one, which does not, after a few fetches."""
     partition = TopicPartition(broker.create_topic("idle"), 0)
-    observed = _Observed(HOLD_SECONDS)
+    observed = _Observed()
     consumer = AIOKafkaConsumer(bootstrap_servers=broker.bootstrap, fetch_max_wait_ms=round(HOLD_SECONDS * 1000))
     paced(consumer, observed)
     producer = AIOKafkaProducer(bootstrap_servers=broker.bootstrap)

@@ -13,11 +13,12 @@ from aiokafka.protocol.fetch import FetchRequest
 from confluent_kafka.cimpl import NewTopic
 
 from brokers import Broker
+from consumer.assignment import Assignment
 from consumer.codec import OperationDecoder
 from consumer.commits import CommitPolicy
 from consumer.config import Config
 from consumer.kafka.clients import TopicPartition, make_consumer
-from consumer.kafka.poller import Poller
+from consumer.kafka.poller import BUSY_MILLISECONDS, Poller
 from consumer.kafka.topics import Cluster
 from consumer.storage.memory import MemoryBackend
 from consumer.storage.tiered import TieredStorage
@@ -44,6 +45,8 @@ class _OldBroker:
         """Answers in which not one record was whole."""
         self.limits: list[int] = []
         """What was asked for, without repeats."""
+        self.held: set[int] = set()
+        """For how many milliseconds the broker might hold a fetch."""
         self._send: Callable[..., Awaitable[Any]] = consumer._client.send
         consumer._client.send = self.send  # type: ignore[method-assign, assignment]  # passes everything on
 
@@ -53,6 +56,7 @@ class _OldBroker:
             (limit,) = {most for _, partitions in request._topics for _, _, most in partitions}
             if limit not in self.limits:
                 self.limits.append(limit)
+            self.held.add(request._max_wait_ms)
             answer.topics = [
                 (topic, [self._cut(limit, *partition) for partition in partitions])
                 for topic, partitions in answer.topics
@@ -200,6 +204,19 @@ async def test_one_that_would_not_even_fit_the_byte_budget_stops_its_partition_a
     assert set(setting.poller._unreadable) == {TopicPartition(setting.topic, 0)}
     assert any("RecordTooLarge" in reason or "read" in reason for reason in setting.poller.not_ready())
     assert max(setting.old_brokers[0].limits) == 100_000
+
+
+async def test_the_broker_holds_fetches_for_a_short_time_alone_while_there_is_work(
+    set_up: Callable[[int], Setting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked for next would wait for a fetch that finds nothing: the client has one under way to each broker."""
+    setting = set_up(16 * MIB)
+    await setting.poller.start()
+    await setting.until(lambda: bool(setting.old_brokers[0].held))
+    monkeypatch.setattr(Assignment, "buffered_bytes", 1)
+    await setting.until(lambda: len(setting.old_brokers[0].held) > 1)
+
+    assert setting.old_brokers[0].held == {500, BUSY_MILLISECONDS}
 
 
 async def test_a_topic_made_anew_has_another_id(broker: Broker) -> None:

@@ -389,6 +389,28 @@ class TestPolling:
         assert 1 <= calls.count("pause 0") <= 5
         assert not [call for call in calls if call.startswith("seek")]
 
+    async def test_a_partition_is_asked_for_again_though_another_one_has_nothing(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A poll waits for the partitions it was begun with, so that it has to be short while others have records."""
+        monkeypatch.setattr(poller_module, "POLL_MILLISECONDS", int(LONG_SECONDS * 1000))
+        monkeypatch.setattr(poller_module, "POLL_RECORDS_MAX", 400)
+        monkeypatch.setattr(assignment_module, "BUFFER_RECORDS_MAX", 300)
+        monkeypatch.setattr(assignment_module, "BUFFER_RECORDS_RESUME", 100)
+        rig = make(GatedStorage(hold_all=True), limit=10, pipeline={"ordering": "unordered"})
+        rig.place.responses.acknowledge_always()
+        await rig.join(FIRST, SECOND)
+        value = fetched("insert", 0, "object").value
+        rig.consumer.write(*FIRST, *(Fetched(offset, value) for offset in range(1_000)))
+        await until(lambda: FIRST in rig.consumer.paused)
+        await rig.polled_again()
+        assert rig.consumer._fetcher._fetch_max_wait_ms == poller_module.BUSY_MILLISECONDS
+
+        rig.storage.let_all_go()
+
+        await until(lambda: len(rig.place.responses.appended) == 1_000)
+        await until(lambda: rig.consumer._fetcher._fetch_max_wait_ms == rig.consumer._fetch_max_wait_ms)
+
     async def test_bytes_that_are_short_stop_all_fetching_until_some_are_free(self, make: MakeRig) -> None:
         """Contract 9: fetched records take half of the budget at most; the reason is shown."""
         rig = make(GatedStorage(hold_all=True), limit=2, budget_bytes=400_000)
