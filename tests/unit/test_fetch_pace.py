@@ -15,45 +15,54 @@ from hypothesis import strategies as st
 
 from consumer.kafka.fetch_pace import AT_ONCE_MAX, PAUSE_SECONDS, FetchPace, paced
 
-AT_ONCE, IN_TIME = 0.001, 0.5
-"""Seconds that an answer takes, where a broker may hold it for half a second."""
+HOLD = 0.5
+"""Seconds that a broker may hold a fetch."""
+
+AT_ONCE, IN_TIME = 0.001, HOLD
+"""Seconds that an answer takes."""
 
 
 class TestFetchPace:
     """The pure part."""
 
     def test_what_comes_at_once_without_records_again_and_again_is_kept_back(self) -> None:
-        pace = FetchPace(0.5)
+        pace = FetchPace()
 
-        pauses = [pace.pause(0, AT_ONCE, records=False) for _ in range(AT_ONCE_MAX + 2)]
+        pauses = [pace.pause(0, AT_ONCE, HOLD, records=False) for _ in range(AT_ONCE_MAX + 2)]
 
         assert pauses == [0.0] * AT_ONCE_MAX + [PAUSE_SECONDS] * 2
 
     @pytest.mark.parametrize(("seconds", "records"), [(AT_ONCE, True), (0.25, False)], ids=["records", "in time"])
     def test_any_other_answer_ends_that(self, seconds: float, records: bool) -> None:
-        pace = FetchPace(0.5)
+        pace = FetchPace()
         for _ in range(AT_ONCE_MAX + 1):
-            pace.pause(0, AT_ONCE, records=False)
+            pace.pause(0, AT_ONCE, HOLD, records=False)
 
-        assert pace.pause(0, seconds, records=records) == 0
-        assert pace.pause(0, AT_ONCE, records=False) == 0
+        assert pace.pause(0, seconds, HOLD, records=records) == 0
+        assert pace.pause(0, AT_ONCE, HOLD, records=False) == 0
 
     def test_each_broker_is_judged_alone(self) -> None:
-        pace = FetchPace(0.5)
+        pace = FetchPace()
         for _ in range(AT_ONCE_MAX + 1):
-            pace.pause(0, AT_ONCE, records=False)
+            pace.pause(0, AT_ONCE, HOLD, records=False)
 
-        assert pace.pause(1, AT_ONCE, records=False) == 0
-        assert pace.pause(0, AT_ONCE, records=False) == PAUSE_SECONDS
+        assert pace.pause(1, AT_ONCE, HOLD, records=False) == 0
+        assert pace.pause(0, AT_ONCE, HOLD, records=False) == PAUSE_SECONDS
+
+    def test_what_is_soon_depends_on_how_long_it_may_be_held(self) -> None:
+        """A fetch that may be held for 10 ms alone is not answered too soon after 6."""
+        pace = FetchPace()
+
+        assert [pace.pause(0, 0.006, 0.01, records=False) for _ in range(AT_ONCE_MAX + 2)] == [0.0] * (AT_ONCE_MAX + 2)
 
     @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([AT_ONCE, 0.249, IN_TIME]), st.booleans())))
     def test_no_record_and_no_answer_of_a_broker_that_waits_is_ever_late(
         self, answers: list[tuple[int, float, bool]]
     ) -> None:
-        pace = FetchPace(0.5)
+        pace = FetchPace()
 
         for broker, seconds, records in answers:
-            pause = pace.pause(broker, seconds, records=records)
+            pause = pace.pause(broker, seconds, HOLD, records=records)
             assert not pause or (seconds < 0.25 and not records)
 
 
