@@ -103,6 +103,10 @@ machine."""
 POISON_PAUSE_SECONDS = 0.002
 """How long to see whether the others have something to do at all; if not, a flood is worked off at 32,000 a second."""
 
+POISON_PAUSES_MAX = 25
+"""So often they are waited for though none has begun an operation, where some are in flight: 50 ms. A group of durable
+writes takes ten; but storage that is away must not stop what needs none."""
+
 IDLE_SECONDS = 5.0
 """A window with nothing in flight or buffered for so long is passed to a partition that waits for one (contract 4)."""
 
@@ -580,14 +584,16 @@ class Assignment:
         self._poisoned(self)
 
     async def _make_way(self) -> None:
-        """Let the other partitions run their share of operations, as long as they have some to run."""
+        """Let the other partitions run their share of operations, as long as they have some to run, or in flight."""
         kinds = self._pipeline.counts.operations.values()
         began = now = sum([kind.started for kind in kinds])
-        while now - began < POISON_STEP * OPERATIONS_PER_POISON and not self._ending:
+        quiet = 0
+        while now - began < POISON_STEP * OPERATIONS_PER_POISON and quiet < POISON_PAUSES_MAX and not self._ending:
             before = now
             await asyncio.sleep(POISON_PAUSE_SECONDS)
             now = sum([kind.started for kind in kinds])
-            if now == before:
+            quiet = quiet + 1 if now == before else 0
+            if quiet and now == sum([kind.ended for kind in kinds]):
                 return
 
     async def _ask(self, registry: SchemaRegistry, schema_id: str) -> None:

@@ -333,6 +333,11 @@ class OperationCounts:
         self.success = Distribution()
         self.error = Distribution()
 
+    @property
+    def ended(self) -> int:
+        """How many are not in flight any more."""
+        return sum(self.success.buckets) + sum(self.error.buckets)
+
 
 class PartitionCounts:
     """Records of one input partition, bound once by its assignment: ``operations += n``, ``poison += n``."""

@@ -68,8 +68,8 @@ Plan: TypeAlias = list[Action]
 def kills(seed: int, rounds: int, *, unburied: float = 0.1) -> Plan:
     """One member, killed and started again *rounds* times.
 
-    Most die while they work, after some number of responses; one in five at some moment of its start. A share of
-    *unburied* leaves the broker to find out by itself.
+    Most die while they work, after some number of responses, three in four of them with a burst just put in; one in
+    five at some moment of its start. A share of *unburied* leaves the broker to find out by itself.
     """
     chance = random.Random(seed)
     plan = []
@@ -79,7 +79,13 @@ def kills(seed: int, rounds: int, *, unburied: float = 0.1) -> Plan:
         plan.append(
             Action("kill", 0, wait=chance.uniform(0.05, 1.5))
             if early
-            else Action("kill", 0, answers=chance.randint(1, 1_500), wait=chance.uniform(0.0, 0.3))
+            else Action(
+                "kill",
+                0,
+                answers=chance.randint(1, 1_500),
+                wait=chance.uniform(0.0, 0.3),
+                burst=chance.choice([0, BURST, BURST, BURST]),
+            )
         )
         if chance.random() >= unburied:
             plan.append(Action("bury", 0, wait=chance.choice([0.0, 0.2])))
