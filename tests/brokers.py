@@ -1,6 +1,6 @@
 """Kafka brokers for the tests: started when the first test asks, stopped at the end, on ports of their own.
 
-Two brokers, each started at most once a run:
+Two brokers for tests, each started at most once a run:
 
 ``noida-db``
     An embedded development broker that comes with the test environment. Always there.
@@ -9,6 +9,9 @@ Two brokers, each started at most once a run:
     and ``mvn`` (the jars are kept in ``.cache/kafka``), else one from Docker. Where none can be had its tests are
     skipped and say why; with ``TIERSTREAM_REQUIRE_KAFKA=1`` they fail. ``TIERSTREAM_REQUIRE_DOCKER=1`` takes Docker
     and nothing else.
+
+Beside them there are brokers that one test or program has for itself, and may do to what it likes: `maven_broker`, of
+one node or of several.
 
 A test that takes the fixture ``broker`` runs on both. The head and the end of a run say which brokers there were.
 Every wait is bounded; every process is started here, in a session of its own, and only such are ever stopped.
@@ -77,6 +80,23 @@ SINGLE_NODE = {
 }
 """What Apache Kafka needs to run alone, with limits raised so that a record can carry a long-term object."""
 
+REPLICATED = {
+    "offsets.topic.replication.factor": "3",
+    "transaction.state.log.replication.factor": "3",
+    "transaction.state.log.min.isr": "2",
+    "share.coordinator.state.topic.replication.factor": "3",
+    "share.coordinator.state.topic.min.isr": "2",
+    "min.insync.replicas": "2",
+    "log.cleaner.dedupe.buffer.size": "4194304",  # of 128 MiB, which a small heap has not
+}
+"""What nodes have beside that where there are several: one of three may be away, and nothing acknowledged is lost."""
+
+REPLICAS_MAX = 3
+
+RETURNS_QUICKLY = {"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"}
+"""A node that was killed is let in again after its old session, of 9 s unless told otherwise; and where there are
+several, they take over so long after it has fallen silent."""
+
 _names = itertools.count(1)
 
 
@@ -95,14 +115,20 @@ class Broker:
     """Largest record it can be made to accept."""
     log: Path | None = None
     """What its process printed."""
-    _node: Node | None = None
+    nodes: Sequence[Node] = ()
+    """Its processes, to be frozen and killed; empty where they are not ours alone."""
     _admin: AdminClient | None = field(default=None, repr=False)
 
     @property
     def node(self) -> Node:
-        """Its process, to be frozen and killed; only where it is ours alone."""
-        assert self._node is not None, f"{self.label} is not a process of ours"
-        return self._node
+        """Its process, where it is ours alone and the only one."""
+        assert len(self.nodes) == 1, f"{self.label} is not one process of ours"
+        return self.nodes[0]
+
+    @property
+    def replicas(self) -> int:
+        """How many of its nodes have each partition."""
+        return min(REPLICAS_MAX, max(1, len(self.nodes)))
 
     @property
     def admin(self) -> AdminClient:
@@ -120,7 +146,7 @@ class Broker:
         """
         unique = f"{name}-{os.getpid()}-{next(_names)}"
         settings = {key.replace("_", "."): str(value) for key, value in config.items()}
-        topic = NewTopic(unique, num_partitions=partitions, replication_factor=1, config=settings)
+        topic = NewTopic(unique, num_partitions=partitions, replication_factor=self.replicas, config=settings)
         self._settle(self.admin.create_topics([topic], operation_timeout=ADMIN_SECONDS))
         asked = {TopicPartition(unique, partition): OffsetSpec.latest() for partition in range(partitions)}
 
@@ -213,9 +239,9 @@ class Node:
     """A broker's process. A test may stop, kill or freeze it, and start it again: same ports, same data."""
 
     def __init__(self, command: list[str], bootstrap: str, log: Path) -> None:
+        self.bootstrap = bootstrap
+        self.log = log
         self._command = command
-        self._bootstrap = bootstrap
-        self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -230,21 +256,34 @@ class Node:
         Raises:
             BrokerUnavailableError: it ended, or did not answer in time; the text ends with its last words.
         """
-        with self._log.open("ab") as sink:
-            process = self._process = subprocess.Popen(
+        self.launch()
+        self.wait_answers()
+
+    def launch(self) -> None:
+        """Start it; of several nodes none answers before most of them run."""
+        with self.log.open("ab") as sink:
+            self._process = subprocess.Popen(
                 [*dies_with_us(), *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,  # Ctrl-C ends the tests first, then they end the broker
             )
-        name = self._command[0]
+
+    def wait_answers(self) -> None:
+        """Wait for its first answer.
+
+        Raises:
+            BrokerUnavailableError: it ended, or did not answer in time; the text ends with its last words.
+        """
+        process, name = self._process, self._command[0]
+        assert process is not None
         deadline = time.monotonic() + START_SECONDS
-        while not answers(self._bootstrap):
+        while not answers(self.bootstrap):
             if process.poll() is not None:
-                raise BrokerUnavailableError(f"{name} exited with {process.returncode}:\n{tail(self._log)}")
+                raise BrokerUnavailableError(f"{name} exited with {process.returncode}:\n{tail(self.log)}")
             if time.monotonic() > deadline:
-                raise BrokerUnavailableError(f"{name} did not answer within {START_SECONDS} s:\n{tail(self._log)}")
+                raise BrokerUnavailableError(f"{name} did not answer within {START_SECONDS} s:\n{tail(self.log)}")
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -274,20 +313,32 @@ class Node:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
+    def bring_back(self) -> None:
+        """Have it running again, whatever was done to it.
+
+        Raises:
+            BrokerUnavailableError: it did not start.
+        """
+        assert self._process is not None
+        self.thaw()
+        if self._process.poll() is not None:
+            self.start()
+
 
 @contextmanager
-def _running(command: list[str], bootstrap: str, log: Path) -> Iterator[Node]:
-    """Run a broker process from its first answer to the end of the block.
+def _running(nodes: Sequence[Node]) -> Iterator[None]:
+    """Run a broker's processes from their first answers to the end of the block.
 
     Raises:
-        BrokerUnavailableError: it did not start.
+        BrokerUnavailableError: one did not start.
     """
-    node = Node(command, bootstrap, log)
-    try:
-        node.start()
-        yield node
-    finally:
-        node.stop()
+    with ExitStack() as started:
+        for node in nodes:
+            started.callback(node.stop)
+            node.launch()
+        for node in nodes:
+            node.wait_answers()
+        yield
 
 
 def noida_command() -> str:
@@ -321,8 +372,9 @@ def noida_broker(folder: Path, port: int | None = None) -> Iterator[Broker]:
         "--data-dir",
         str(folder / "data"),
     ]
-    with _running(command, f"127.0.0.1:{port}", log) as node:
-        yield Broker("noida-db", "noida-db", f"127.0.0.1:{port}", record_bytes_max=1_000_000, log=log, _node=node)
+    node = Node(command, f"127.0.0.1:{port}", log)
+    with _running([node]):
+        yield Broker("noida-db", "noida-db", node.bootstrap, record_bytes_max=1_000_000, log=log, nodes=[node])
 
 
 def kafka_version() -> str:
@@ -378,34 +430,70 @@ def maven_broker(
     folder: Path,
     settings: Mapping[str, str] | None = None,
     *,
+    nodes: int = 1,
     proxied: tuple[int, int] | None = None,
     listeners: Sequence[Listener] = (),
     java_settings: Sequence[str] = (),
 ) -> Iterator[Broker]:
-    """Run Apache Kafka from Maven's jars, one node, with its data in *folder*, and with *settings* of its own.
+    """Run Apache Kafka from Maven's jars with its data in *folder*, and with *settings* of its own.
 
-    *proxied* is the port of a second listener, and the port of the proxy before it: who comes through the proxy is told
-    to go on coming through it. *listeners* are further ones, and *java_settings* arguments of the virtual machine.
+    With several *nodes* each is broker and controller, and three of them have each partition (`REPLICATED`). *proxied*
+    is the port of a second listener, and the port of the proxy before it: who comes through the proxy is told to go on
+    coming through it. *listeners* are further ones, which only a single node has, and *java_settings* arguments of the
+    virtual machine.
+
+    Raises:
+        BrokerUnavailableError: a node did not start.
     """
     if proxied is not None:
         listeners = [*listeners, Listener("PROXIED", "PLAINTEXT", *proxied)]
-    port, controller = unused_port(), unused_port()
+    assert nodes == 1 or not listeners
+    controllers = [unused_port() for _ in range(nodes)]
+    voters = [f"{number}@127.0.0.1:{port}" for number, port in enumerate(controllers, 1)]
+    shared = {
+        "controller.quorum.voters": ",".join(voters),
+        **(REPLICATED if nodes > 1 else {}),
+        **(settings or {}),
+    }
+    run = [
+        _prepared_node(folder, number, controller, shared, listeners, java_settings)
+        for number, controller in enumerate(controllers, 1)
+    ]
+    with _running(run):
+        label = f"Apache Kafka {kafka_version()} (Maven)"
+        bootstrap = ",".join(node.bootstrap for node in run)
+        yield Broker("apache", label, bootstrap, record_bytes_max=16_000_000, log=run[0].log, nodes=run)
+
+
+def _prepared_node(
+    folder: Path,
+    number: int,
+    controller: int,
+    settings: Mapping[str, str],
+    listeners: Sequence[Listener],
+    java_settings: Sequence[str],
+) -> Node:
+    """Write the settings of one node of Apache Kafka and format its folder; *controller* is its port as one.
+
+    Raises:
+        BrokerUnavailableError: it could not format its folder.
+    """
+    port = unused_port()
     classpath = f"{kafka_jars()}/*"
-    log = folder / "kafka.log"
-    config = folder / "server.properties"
+    config = folder / f"server-{number}.properties"
     places = {
+        "node.id": str(number),
         "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
         "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
         "listener.security.protocol.map": SINGLE_NODE["listener.security.protocol.map"],
         "inter.broker.listener.name": "PLAINTEXT",
-        "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-        "log.dirs": str(folder / "data"),
+        "log.dirs": str(folder / f"data-{number}"),
     }
     for listener in listeners:
         places["listeners"] += f",{listener.name}://127.0.0.1:{listener.port}"
         places["advertised.listeners"] += f",{listener.name}://127.0.0.1:{listener.advertised}"
         places["listener.security.protocol.map"] += f",{listener.name}:{listener.protocol}"
-    properties = SINGLE_NODE | places | dict(settings or {})
+    properties = SINGLE_NODE | places | dict(settings)
     config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")
     # Short-lived JVMs on few cores: the quick compiler alone and the simplest collector start fastest.
     java = ["java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
@@ -421,9 +509,7 @@ def maven_broker(
     if done.returncode != 0:
         raise BrokerUnavailableError(f"Kafka could not format its folder:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     program = [*java, "-Xmx512m", *java_settings, "-cp", classpath, "kafka.Kafka", str(config)]
-    with _running(program, f"127.0.0.1:{port}", log) as node:
-        label = f"Apache Kafka {kafka_version()} (Maven)"
-        yield Broker("apache", label, f"127.0.0.1:{port}", record_bytes_max=16_000_000, log=log, _node=node)
+    return Node(program, f"127.0.0.1:{port}", folder / f"kafka-{number}.log")
 
 
 @contextmanager

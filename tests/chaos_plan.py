@@ -26,6 +26,7 @@ Kind: TypeAlias = Literal[
     "freeze broker",
     "start broker",
     "thaw broker",
+    "sync brokers",  # wait until all nodes of a cluster have everything in sync
     "hold storage",  # somebody else keeps the write lock of the storage's file
     "release storage",
 ]
@@ -38,6 +39,13 @@ BURST = 960
 
 BROKER_DOWN_SECONDS = (0.0, 6.0)
 BROKER_FROZEN_SECONDS = (5.0, 30.0)
+NODE_DOWN_SECONDS = (0.0, 8.0)
+NODE_FROZEN_SECONDS = (5.0, 15.0)
+"""Beyond the session time-out of the nodes, 3 s, so that another one leads what this one has led."""
+
+NODE_ROUND_SECONDS = 18.0
+"""How long one fault of one node takes, with what comes before and after it: to make a plan about as long as asked."""
+
 STORAGE_HELD_SECONDS = (24.0, 30.0)
 """Longer than the service's three attempts, of 5 s each, before it says that storage is unavailable, also where they
 begin late: a plan goes on to stop and to kill members meanwhile."""
@@ -49,7 +57,7 @@ class Action:
 
     kind: Kind
     member: int = -1
-    """Which place of the fleet; -1 where it is not about a member."""
+    """Which place of the fleet, or which node of a cluster; -1 where it is about neither."""
     wait: float = 0.0
     """Seconds after the action before, at the earliest."""
     answers: int = 0
@@ -120,6 +128,27 @@ def brokers(seed: int, *, frozen_seconds: float = 30.0) -> Plan:
             plan.append(Action("thaw broker", wait=frozen_seconds))
         else:
             plan.append(Action("start broker", wait=chance.uniform(*BROKER_DOWN_SECONDS)))
+    return plan
+
+
+def leaders(seed: int, seconds: float, *, nodes: int = 3) -> Plan:
+    """One node of a cluster after another, never two at a time, stopped, killed or frozen under two members.
+
+    In every nine rounds each node meets each of the three. Something is in flight when it does, and everything is in
+    sync again before the next.
+    """
+    chance = random.Random(seed)
+    outages: list[Kind] = ["stop broker", "kill broker", "freeze broker"]
+    faults = _dealt(chance, [(outage, node) for outage in outages for node in range(nodes)])
+    plan = [Action("start", 0), Action("start", 1), Action("open", 0)]
+    for _ in range(max(len(outages), round(seconds / NODE_ROUND_SECONDS))):
+        outage, node = next(faults)
+        plan.append(Action(outage, node, answers=chance.randint(200, 1_500), burst=BURST))
+        if outage == "freeze broker":
+            plan.append(Action("thaw broker", node, wait=chance.uniform(*NODE_FROZEN_SECONDS)))
+        else:
+            plan.append(Action("start broker", node, wait=chance.uniform(*NODE_DOWN_SECONDS)))
+        plan.append(Action("sync brokers"))
     return plan
 
 

@@ -45,6 +45,7 @@ from invariants import (
     repeats_below_commit,
     repeats_unexplained,
 )
+from leadership import Leadership
 from ledger import Reader
 from load import CANARY, Load, ends, read_back
 from service_process import ServiceProcess, command_line
@@ -205,6 +206,8 @@ class Fleet:
         """Killed, and perhaps still believed to be alive by the broker."""
         self._all: list[Member] = []
         self.feeder = Feeder(self.load, rate)
+        self.leadership: Leadership | None = None
+        """Who leads what in a cluster; where nobody watches that, no plan may be about it."""
         self._began = time.monotonic()
         self._outages: list[Interval] = []
         self._broker_down_at = self._storage_held_at = 0
@@ -318,8 +321,11 @@ class Fleet:
                 self.happened["actions upon who had ended unasked"] += 1  # which is wrong, and told as such
                 return
             do[action.kind](action.member)
-        elif action.kind.endswith("broker"):
-            self._to_the_broker(action.kind)
+        elif action.kind == "sync brokers":
+            assert self.leadership is not None
+            self.until(self.leadership.look, "all nodes to be in sync")
+        elif action.kind.endswith(" broker"):
+            self._to_the_broker(action)
         elif action.kind == "hold storage":
             self._hold_storage()
         else:
@@ -406,18 +412,23 @@ class Fleet:
 
     # ------------------------------------------------------------------------------------------ what they need
 
-    def _to_the_broker(self, kind: str) -> None:
-        node = self.stage.broker.node
+    def _to_the_broker(self, action: Action) -> None:
+        nodes, kind = self.stage.broker.nodes, action.kind
+        node = nodes[max(0, action.member)]
+        alone = len(nodes) == 1  # else nothing is excused: the others go on without it
+        if self.leadership is not None:
+            self.leadership.cause = kind
         match kind:
             case "start broker" | "thaw broker":
                 node.start() if kind == "start broker" else node.thaw()
-                self._outages.append((self._broker_down_at, now_ms()))
-                self._broker_down_at = 0
+                if alone:
+                    self._outages.append((self._broker_down_at, now_ms()))
+                    self._broker_down_at = 0
                 # A frozen broker handles at its thaw what was sent to it long before, also by members it then expels.
                 self.faults.append(Fault(now_ms(), 2 if kind == "thaw broker" else 1))
             case _:
                 self.faults.append(Fault(now_ms()))
-                self._broker_down_at = now_ms()
+                self._broker_down_at = now_ms() if alone else 0
                 {"stop broker": node.stop, "kill broker": node.kill, "freeze broker": node.freeze}[kind]()
                 self.happened[f"broker: {kind.removesuffix(' broker')}"] += 1
 

@@ -8,18 +8,17 @@ commits misses none: which offset, and when by the broker's clock, which also st
 
 from __future__ import annotations
 
-import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from brokers import Broker
 from ledger import Answer, Reader
+from protocol import Fields, ask, string
 
 OFFSETS_TOPIC = "__consumer_offsets"
 
 LEAVE_GROUP, DESCRIBE_GROUPS = 13, 15
-SOCKET_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -42,39 +41,6 @@ class GroupHistory:
     """When the group's membership was written: at the end of each rebalance."""
 
 
-class _Bytes:
-    """Reads Kafka's primitive types one after another."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    def number(self, layout: str) -> int:
-        (value,) = struct.unpack_from(">" + layout, self._data, self._at)
-        self._at += struct.calcsize(layout)
-        return int(value)
-
-    def string(self) -> str:
-        return self._take(self.number("h"))
-
-    def compact_string(self) -> str:
-        length = shift = 0
-        while True:
-            byte = self.number("B")
-            length |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return self._take(length - 1)
-            shift += 7
-
-    def skip(self, length: int) -> None:
-        self._at += length
-
-    def _take(self, length: int) -> str:
-        text = self._data[self._at : self._at + length]
-        self._at += length
-        return text.decode()
-
-
 def parse(records: Iterable[Answer], group: str, topic: str) -> GroupHistory:
     """Pick what concerns *group* and *topic* out of the records of the offsets topic.
 
@@ -83,18 +49,18 @@ def parse(records: Iterable[Answer], group: str, topic: str) -> GroupHistory:
     """
     history = GroupHistory()
     for record in records:
-        key = _Bytes(record.key or b"")
+        key = Fields(record.key or b"")
         kind = key.number("h")
         if kind > 2 or key.string() != group:
             continue  # above 2: groups of other protocols
         if kind == 2:
             history.generations.append(record.timestamp)
         elif key.string() == topic and record.value is not None:  # None: the offset has been deleted
-            history.commits.append(_commit(key.number("i"), _Bytes(record.value)))
+            history.commits.append(_commit(key.number("i"), Fields(record.value)))
     return history
 
 
-def _commit(partition: int, value: _Bytes) -> Commit:
+def _commit(partition: int, value: Fields) -> Commit:
     version = value.number("h")
     if version not in {3, 4}:
         raise ValueError(f"a commit of version {version}: this reader knows 3 and 4")
@@ -117,14 +83,15 @@ def bury(broker: Broker, group: str, client_id: str) -> bool:
     """End the membership of a dead process, as the end of its session would; True where it was a member.
 
     What the process itself would have sent on leaving, sent by somebody else, in Kafka's own words: an administration
-    client that has seen its broker go and come may not find the group's coordinator for a long time.
+    client that has seen its broker go and come may not find the group's coordinator for a long time. Only where the
+    broker is one node: it is not looked for who coordinates the group.
 
     Raises:
         OSError: the broker is not there.
     """
     dead = [member for member, client in _members(broker, group) if client == client_id]
     for member in dead:
-        answer = _ask(broker, LEAVE_GROUP, 1, _string(group) + _string(member))
+        answer = ask(broker.bootstrap, LEAVE_GROUP, 1, string(group) + string(member))
         answer.number("i")  # throttle time
         error = answer.number("h")
         assert error in {0, 25}, f"the broker refused to bury a member: error {error}"  # 25: it was gone already
@@ -133,7 +100,7 @@ def bury(broker: Broker, group: str, client_id: str) -> bool:
 
 def _members(broker: Broker, group: str) -> list[tuple[str, str]]:
     """Member id and client id of everybody in the group."""
-    answer = _ask(broker, DESCRIBE_GROUPS, 0, struct.pack(">i", 1) + _string(group))
+    answer = ask(broker.bootstrap, DESCRIBE_GROUPS, 0, struct.pack(">i", 1) + string(group))
     assert answer.number("i") == 1
     answer.number("h")  # error
     for _ in ("group", "state", "protocol type", "protocol"):
@@ -145,20 +112,3 @@ def _members(broker: Broker, group: str) -> list[tuple[str, str]]:
         for _ in ("metadata", "assignment"):
             answer.skip(answer.number("i"))
     return members
-
-
-def _ask(broker: Broker, api: int, version: int, request: bytes) -> _Bytes:
-    """Send one request on a connection of its own; return what follows the answer's correlation id."""
-    host, _, port = broker.bootstrap.rpartition(":")
-    framed = struct.pack(">hhi", api, version, 0) + _string("ledger") + request
-    with socket.create_connection((host, int(port)), SOCKET_SECONDS) as connection:
-        connection.sendall(struct.pack(">i", len(framed)) + framed)
-        with connection.makefile("rb") as stream:
-            answer = _Bytes(stream.read(struct.unpack(">i", stream.read(4))[0]))
-    answer.number("i")
-    return answer
-
-
-def _string(text: str) -> bytes:
-    encoded = text.encode()
-    return struct.pack(">h", len(encoded)) + encoded

@@ -1,7 +1,7 @@
 """The invariants of delivery, as functions over what brokers have written down (pure; nothing of the service in it).
 
 Times are milliseconds since the epoch by the broker's clock: when an input record arrived, when a response was
-appended, when a commit was accepted. One process stamps them all, so that they can be compared.
+appended, when a commit was accepted. Brokers on one machine stamp them all, so that they can be compared.
 
 =====  ==============================================================================================================
 I4     :func:`commits_past_unanswered`: an accepted commit has a response, appended before it, for all that is below

@@ -26,6 +26,9 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 import wire
 from brokers import Broker
 
+LEADER_SECONDS = 20
+"""A client of ours has found the new leader of a partition by then."""
+
 Headers = list[tuple[str, bytes | None]]
 
 
@@ -181,14 +184,23 @@ class Reader:
 
     def read_to_end(self, deadline_seconds: float = 30) -> Iterator[Answer]:
         """Read up to the end offsets as they are at the call."""
-        ends = {
-            partition: self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=20)[1]
-            for partition in range(self.partition_count)
-        }
+        ends = {partition: self._end(partition) for partition in range(self.partition_count)}
         deadline = time.monotonic() + deadline_seconds
         while any(self._reached[partition] < end for partition, end in ends.items()):
             yield from self.poll()
             assert time.monotonic() < deadline, f"{self.topic} not read to its end: at {dict(self._reached)} of {ends}"
+
+    def _end(self, partition: int) -> int:
+        """Where a partition ends; asks again where its leader has moved and the client does not know it yet."""
+        deadline = time.monotonic() + LEADER_SECONDS
+        while True:
+            try:
+                return self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), timeout=20)[1]
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.NOT_LEADER_FOR_PARTITION or time.monotonic() > deadline:
+                    raise
+            self._consumer.list_topics(self.topic, timeout=20)  # expressly, as else it goes on believing
+            time.sleep(0.1)
 
     def close(self) -> None:
         """Release the client."""

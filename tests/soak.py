@@ -6,7 +6,7 @@ operations
     A model of members that write the same objects, in memory, in all processors (`storage_model.py`):
     ``SOAK_OPERATIONS`` (10,000,000).
 
-Then fleets, in three parts, each in episodes on topics of their own and on one Apache Kafka, at-least-once and
+Then fleets, in parts of episodes on topics of their own. First on one Apache Kafka of one node, at-least-once and
 exactly-once in turn:
 
 kills
@@ -16,6 +16,12 @@ storm
 mixed
     The storm, frozen members, broker outages, a storage nobody can write to, beside a member that lives through all of
     it: ``SOAK_MINUTES`` (20).
+
+And then on one of three nodes, at-least-once and exactly-once at the same time:
+
+leaders
+    One node after another is stopped, killed and frozen, so that the leaders of input and output and the coordinators
+    of groups and transactions move; no silence is excused by that: ``SOAK_LEADER_MINUTES`` (5).
 
 ``SOAK_SEED`` plays the same plans again; without it one is drawn. What was done, what happened and what was measured is
 printed as it goes. A part is void, and the soak fails, where something it is about has not happened once. The exit code
@@ -32,22 +38,30 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import chaos_plan
 import storage_model
-from brokers import Broker, maven_broker
+from brokers import RETURNS_QUICKLY, Broker, maven_broker
 from chaos_plan import Plan
-from fleet import Fleet, fleet_stage
+from fleet import Findings, Fleet, fleet_stage
+from leadership import Leadership
 
 DELIVERIES = ("at-least-once", "exactly-once")
 
 KILLS_OF_AN_EPISODE = 50
 EPISODE_SECONDS = 300.0
 """Long enough for a tendency of memory, short enough for its ledger to be held in memory itself."""
+
+RATE = 500.0
+"""Records a second, of all fleets of an episode."""
+
+SMALL_HEAP = ("-Xmx256m",)
+"""Of each of several nodes on one machine."""
 
 SURVIVOR = 99
 """The place of the member to which nothing is done, in the mixed part."""
@@ -78,6 +92,16 @@ MUST_HAPPEN = {
         "storage found unavailable",
         "transactions given up",
     ),
+    "leaders": (
+        "broker: stop",
+        "broker: kill",
+        "broker: freeze",
+        *(f"input leaders moved after: {outage} broker" for outage in ("stop", "kill", "freeze")),
+        *(f"output leaders moved after: {outage} broker" for outage in ("stop", "kill", "freeze")),
+        "group coordinators moved",
+        "transaction coordinators moved",
+        "clean stops",
+    ),
 }
 """What a part is about: without it, it has shown nothing."""
 
@@ -91,6 +115,10 @@ class Part:
     """How to draw the plan of each."""
     partitions: int
     survivor: bool = False
+    nodes: int = 1
+    """Of the Apache Kafka it is played on; where there are several, it is watched who leads what."""
+    together: bool = False
+    """Whether each episode has a fleet of each delivery; else one, of the one and the other in turn."""
     happened: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -100,6 +128,7 @@ def parts() -> Iterator[Part]:
     kills = int(os.environ.get("SOAK_KILLS") or 500)
     storm = float(os.environ.get("SOAK_STORM_MINUTES") or 20) * 60
     mixed = float(os.environ.get("SOAK_MINUTES") or 20) * 60
+    leaders = float(os.environ.get("SOAK_LEADER_MINUTES") or 5) * 60
     if kills:
         sizes = [min(KILLS_OF_AN_EPISODE, kills - done) for done in range(0, kills, KILLS_OF_AN_EPISODE)]
         yield Part("kills", [partial(chaos_plan.kills, rounds=size) for size in sizes], partitions=4)
@@ -108,12 +137,15 @@ def parts() -> Iterator[Part]:
     if mixed:
         plans = [partial(chaos_plan.mixed, seconds=each) for each in in_episodes(mixed)]
         yield Part("mixed", plans, partitions=12, survivor=True)
+    if leaders:
+        plans = [partial(chaos_plan.leaders, seconds=each) for each in in_episodes(leaders, 1)]
+        yield Part("leaders", plans, partitions=4, nodes=3, together=True)
 
 
-def in_episodes(seconds: float) -> list[float]:
-    """Divide *seconds* equally into an even number of episodes: each delivery has as many as the other."""
-    pairs = max(1, round(seconds / EPISODE_SECONDS / 2))
-    return [seconds / pairs / 2] * (2 * pairs)
+def in_episodes(seconds: float, in_turn: int = len(DELIVERIES)) -> list[float]:
+    """Divide *seconds* equally into episodes; where deliveries take turns, each has as many as the other."""
+    number = in_turn * max(1, round(seconds / EPISODE_SECONDS / in_turn))
+    return [seconds / number] * number
 
 
 def play_operations(part: Part, seed: int) -> None:
@@ -131,32 +163,60 @@ def play_operations(part: Part, seed: int) -> None:
 
 def play(part: Part, number: int, seed: int, broker: Broker, folder: Path) -> None:
     """Play one episode and remember what it has shown; the folder of one without fault is removed."""
-    delivery = DELIVERIES[number % 2]
-    say(f"\n==> {part.name}, episode {number + 1} of {len(part.episodes)}, {delivery}, seed {seed}")
-    folder.mkdir()
-    # One attempt, so that a member hears of a storage that is held before it is stopped or killed in its turn.
-    stage = fleet_stage(broker, folder, partitions=part.partitions, delivery=delivery, retry={"attempts": 1})
-    fleet = Fleet(stage, rate=500, say=say)
+    deliveries = DELIVERIES if part.together else DELIVERIES[number % 2 :][:1]
+    say(f"\n==> {part.name}, episode {number + 1} of {len(part.episodes)}, {', '.join(deliveries)}, seed {seed}")
+    stages = []
+    for delivery in deliveries:
+        own = folder / delivery
+        own.mkdir(parents=True)
+        # One attempt, so that a member hears of a storage that is held before it is stopped or killed in its turn.
+        stages.append(fleet_stage(broker, own, partitions=part.partitions, delivery=delivery, retry={"attempts": 1}))
+    fleets = [Fleet(stage, rate=RATE / len(stages), say=say) for stage in stages]
+    leadership = Leadership(broker, stages) if part.nodes > 1 else None
     began = time.monotonic()
     try:
-        if part.survivor:
-            fleet.start(SURVIVOR)
-        fleet.play(part.episodes[number](seed))
-        fleet.settle()
-        findings = fleet.judge()
+        findings = played(part.episodes[number](seed), fleets, leadership, survivor=part.survivor)
     except Exception as error:  # noqa: BLE001 - whatever it was, the other episodes can still tell something
         part.wrong.append(f"episode {number + 1}: {error!r}")
-        part.happened.update(fleet.happened)
+        for fleet in fleets:
+            part.happened.update(fleet.happened)
         say(f"WRONG: {type(error).__name__}: {error}")
         return
     finally:
-        stage.put_down()
-        broker.node.thaw()
-    say(f"--- {time.monotonic() - began:.0f} s\n{findings.report()}")
-    part.happened.update(findings.happened)
-    part.wrong += [f"episode {number + 1}: {text}" for text in findings.wrong]
-    if not findings.wrong:
+        part.happened.update(leadership.moves if leadership else ())
+        for stage in stages:
+            stage.put_down()
+        for node in broker.nodes:
+            node.bring_back()
+    say(f"--- {time.monotonic() - began:.0f} s")
+    for delivery, found in zip(deliveries, findings, strict=True):
+        say(f"{delivery}\n{found.report()}")
+        part.happened.update(found.happened)
+        part.wrong += [f"episode {number + 1}, {delivery}: {text}" for text in found.wrong]
+    if not any(found.wrong for found in findings):
         shutil.rmtree(folder)
+
+
+def played(plan: Plan, fleets: list[Fleet], leadership: Leadership | None, *, survivor: bool) -> list[Findings]:
+    """Do *plan* to the first of *fleets*, beside which the others work; return what each of them has shown."""
+    first, *others = fleets
+    if survivor:
+        first.start(SURVIVOR)
+    for other in others:
+        other.start(0)
+        other.start(1)
+        other.feed()
+    if leadership is None:
+        first.play(plan)
+    else:
+        with leadership:
+            first.leadership = leadership
+            first.play(plan)
+    for fleet in fleets:
+        fleet.settle()
+    for other in others:
+        other.share_outages(first)
+    return [fleet.judge() for fleet in fleets]
 
 
 def say(text: str) -> None:
@@ -169,19 +229,21 @@ def main() -> int:
     seed = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(10**6))
     say(f"SOAK_SEED={seed} repeats this")
     folder = Path(tempfile.mkdtemp(prefix="tierstream-soak-"))
-    (folder / "broker").mkdir()
     played: list[Part] = []
     if os.environ.get("SOAK_OPERATIONS") != "0":
         played.append(Part("operations", [], partitions=0))
         play_operations(played[0], seed)
     fleets = list(parts())
     played += fleets
-    with maven_broker(folder / "broker") if fleets else nullcontext() as broker:
-        for part in fleets:
-            for number in range(len(part.episodes)):
-                own = random.Random(f"{seed}/{part.name}/{number}").randrange(10**6)
-                assert broker is not None
-                play(part, number, own, broker, folder / f"{part.name}-{number}")
+    for nodes, asked in groupby(fleets, key=attrgetter("nodes")):
+        place = folder / f"broker-{nodes}"
+        place.mkdir()
+        settings, java_settings = (RETURNS_QUICKLY, SMALL_HEAP) if nodes > 1 else ({}, ())
+        with maven_broker(place, settings, nodes=nodes, java_settings=java_settings) as broker:
+            for part in asked:
+                for number in range(len(part.episodes)):
+                    own = random.Random(f"{seed}/{part.name}/{number}").randrange(10**6)
+                    play(part, number, own, broker, folder / f"{part.name}-{number}")
     wrong = [f"{part.name}, {text}" for part in played for text in part.wrong]
     for part in played:
         missing = [what for what in MUST_HAPPEN[part.name] if not part.happened[what]]

@@ -69,7 +69,7 @@ def set_up(broker: Broker, folder: Path, partitions: int, output_partitions: int
     responses = broker.create_topic("responses", output_partitions, max_message_bytes=limit)
     dead = broker.create_topic("dead", partitions, max_message_bytes=limit)
     named: dict[str, Any] = {
-        "kafka": {"bootstrap_servers": [broker.bootstrap], "group_id": broker.unused_name("group")},
+        "kafka": {"bootstrap_servers": broker.bootstrap.split(","), "group_id": broker.unused_name("group")},
         "input": {"topics": [operations]},
         "output": {"topic": responses, "max_request_bytes": RESPONSE_BYTES + 100_000},
         "dead_letter": {"topic": dead},

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import chaos_plan
-from brokers import Broker, apache_source, maven_broker
+from brokers import RETURNS_QUICKLY, Broker, apache_source, maven_broker
 from fleet import Findings, Fleet, fleet_stage, now_ms, timestamp_ms
 from group_history import read_history
 from load import Questions
@@ -32,9 +32,6 @@ SEED = 20
 
 ZOMBIE_SECONDS_MAX = 15.0
 """I10: from SIGCONT until a member that was taken for dead works again."""
-
-RETURNS_QUICKLY = {"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"}
-"""A broker that was killed is let in again after its old session, of 9 s unless told otherwise."""
 
 OWN_LINES = 80
 """Lines of a member's log that a failing test shows, without those of the client: they tell a whole test's story."""

@@ -150,6 +150,7 @@ PLANS: dict[str, Callable[[int], Plan]] = {
     "kills": lambda seed: chaos_plan.kills(seed, 20),
     "stops": lambda seed: chaos_plan.stops(seed, 20),
     "brokers": chaos_plan.brokers,
+    "leaders": lambda seed: chaos_plan.leaders(seed, 300),
     "storm": lambda seed: chaos_plan.storm(seed, 120),
     "mixed": lambda seed: chaos_plan.mixed(seed, 600),
 }
@@ -167,6 +168,7 @@ class TestPlans:
     def test_what_begins_also_ends_and_nothing_is_done_to_who_is_not_there(self, name: str) -> None:
         for seed in range(50):
             there, frozen, dead, away = set[int](), set[int](), set[int](), set[str]()
+            node = -1
             for action in PLANS[name](seed):
                 assert action.wait >= 0
                 match action.kind:
@@ -190,6 +192,12 @@ class TestPlans:
                         what = action.kind.rpartition(" ")[2]
                         assert what not in away
                         away.add(what)
+                        node = action.member
+                    case "start broker" | "thaw broker":
+                        assert action.member == node, "another node came back than went"
+                        away.remove("broker")
+                    case "sync brokers":
+                        assert not away
                     case _:
                         away.remove(action.kind.rpartition(" ")[2])
             assert there
@@ -215,6 +223,22 @@ class TestPlans:
         drawn = [{action.kind for action in chaos_plan.mixed(seed, 600)} for seed in range(20)]
 
         assert all(kinds == everything for kinds in drawn)
+
+    def test_every_node_of_a_cluster_meets_every_fault_in_nine_rounds_and_has_caught_up_before_the_next(self) -> None:
+        for seed in range(20):
+            drawn = chaos_plan.leaders(seed, 9 * chaos_plan.NODE_ROUND_SECONDS)
+            plan = [action for action in drawn if "broker" in action.kind]
+            faults, back, synced = plan[::3], plan[1::3], plan[2::3]
+
+            assert sorted((fault.kind, fault.member) for fault in faults) == sorted(
+                (kind, node) for kind in ("stop broker", "kill broker", "freeze broker") for node in range(3)
+            )
+            assert [one.kind == "thaw broker" for one in back] == [one.kind == "freeze broker" for one in faults]
+            assert {one.kind for one in synced} == {"sync brokers"}
+            assert all(fault.answers and fault.burst for fault in faults), "there is something in flight"
+
+    def test_also_the_shortest_plan_for_a_cluster_holds_three_faults(self) -> None:
+        assert sum(action.kind == "sync brokers" for action in chaos_plan.leaders(1, 0)) == 3
 
     def test_a_timeline_reads_like_one(self) -> None:
         assert [str(Action("kill", 2)), str(Action("stop broker"))] == ["kill 2", "stop broker"]
