@@ -622,6 +622,7 @@ class Poller(ConsumerRebalanceListener):
                 poison_limit=self._poison_limits.get(partition),
                 note=notes.get(partition),
             )
+        self.rebalancing = bool(self._writers)  # until it is known that they write for a member
         await self._open(partitions)
 
     async def _open(self, partitions: list[TopicPartition]) -> None:
@@ -649,11 +650,11 @@ class Poller(ConsumerRebalanceListener):
                 elif wait is not None:
                     await asyncio.sleep(wait)
                 try:
-                    if self._transactions is not None and not await self._is_member():
-                        log.warning("no longer in the group: waiting for the next assignment", epoch=self._epoch)
-                        self.rebalancing = True
-                        return
-                    self.rebalancing = False
+                    if self._writers:
+                        self.rebalancing = not await self._is_member()
+                        if self.rebalancing:
+                            log.warning("no longer in the group: waiting for the next assignment", epoch=self._epoch)
+                            return
                     starts = await self._starts(sorted(clear))
                 except (ClusterUnavailable, ClusterRefusal) as error:
                     starts = {}
@@ -780,7 +781,7 @@ class Poller(ConsumerRebalanceListener):
                 for partition in partitions
                 if (topic := topics[partition.topic]) is not None and topic.leaders.get(partition.partition, -1) >= 0
             ]
-            if without := [partition for partition in partitions if partition not in led]:
+            if without := sorted(set(partitions).difference(led)):
                 log.warning("partitions without leader", partitions=[f"{one.topic}/{one.partition}" for one in without])
             if not led:
                 return {}

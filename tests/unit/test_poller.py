@@ -636,6 +636,17 @@ class TestAssigned:
         await rig.answered(1, 4)
         assert not rig.place.counts.offset_maps_dropped
 
+    @pytest.mark.parametrize("exactly_once", [False, True])
+    async def test_a_member_that_is_given_no_partition_is_ready(self, make: MakeRig, *, exactly_once: bool) -> None:
+        """There may be more members than partitions: one that waits for a place has nothing to wait for."""
+        rig = make(transactions=TransactionsDouble() if exactly_once else None)
+
+        await rig.join()
+        await until(lambda: not rig.poller.rebalancing)
+
+        assert rig.poller.not_ready() == []
+        assert not rig.poller.observation().rebalancing
+
     @pytest.mark.parametrize("committed", [True, False])
     async def test_a_partition_without_leader_holds_up_no_other(self, make: MakeRig, *, committed: bool) -> None:
         """It opens when it has one."""
