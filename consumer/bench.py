@@ -413,18 +413,23 @@ def _peak_mib(pid: int) -> float:
 # --------------------------------------------------------------------------------------------- the bare loop
 
 
-async def bare_loop(bootstrap: str, topic: str, output: str, latency_ms: float) -> None:
-    """Consume, decode, wait, answer, await, commit: the loop most people write; until it is stopped."""
-    operation_schema = parse_schema(orjson.loads(schema_text("operation")))
-    response_schema = parse_schema(orjson.loads(schema_text("response")))
-    consumer = AIOKafkaConsumer(
+def plain_consumer(bootstrap: str, topic: str, group: str) -> AIOKafkaConsumer:
+    """Make the unstarted consumer of a bare loop: it fetches as the service does, and commits nothing by itself."""
+    return AIOKafkaConsumer(
         topic,
         bootstrap_servers=bootstrap,
-        group_id=output,
+        group_id=group,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         fetch_max_bytes=8 * 1024 * 1024,
     )
+
+
+async def bare_loop(bootstrap: str, topic: str, output: str, latency_ms: float) -> None:
+    """Consume, decode, wait, answer, await, commit: the loop most people write; until it is stopped."""
+    operation_schema = parse_schema(orjson.loads(schema_text("operation")))
+    response_schema = parse_schema(orjson.loads(schema_text("response")))
+    consumer = plain_consumer(bootstrap, topic, output)
     producer = AIOKafkaProducer(
         bootstrap_servers=bootstrap,
         acks="all",

@@ -16,11 +16,12 @@ import sys
 from typing import TypeAlias
 
 import uvloop
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
+from aiokafka import AIOKafkaProducer, ConsumerRecord
+
+from consumer.bench import BATCH_BYTES, plain_consumer
 
 Record: TypeAlias = "ConsumerRecord[bytes, bytes]"
 
-BATCH_BYTES = 512 * 1024
 ANSWER = b"x" * 100
 
 
@@ -61,14 +62,7 @@ class Echo:
 
 async def run(bootstrap: str, topic: str, output: str, seconds: float) -> None:
     """Answer until cancelled."""
-    consumer = AIOKafkaConsumer(
-        topic,
-        bootstrap_servers=bootstrap,
-        group_id=output,
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        fetch_max_bytes=8 * 1024 * 1024,
-    )
+    consumer = plain_consumer(bootstrap, topic, output)
     producer = AIOKafkaProducer(
         bootstrap_servers=bootstrap, acks="all", enable_idempotence=True, max_batch_size=BATCH_BYTES
     )

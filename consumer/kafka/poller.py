@@ -341,7 +341,7 @@ class Poller(ConsumerRebalanceListener):
         usual = self._client._fetch_max_wait_ms  # noqa: SLF001 - as set for all fetches
         fetcher: Any = self._client._fetcher  # noqa: SLF001 - what a running client asks for is set nowhere else
         fetcher._fetch_max_wait_ms = min(BUSY_MILLISECONDS, usual) if busy else usual  # noqa: SLF001 - as above
-        return min(BUSY_MILLISECONDS, POLL_MILLISECONDS) if busy else POLL_MILLISECONDS
+        return BUSY_MILLISECONDS if busy else POLL_MILLISECONDS
 
     def _hand_over(self, fetched: Mapping[TopicPartition, list[Any]]) -> None:
         """Give records to their assignments; stop fetching where enough is buffered, in the same step of the loop."""

@@ -219,10 +219,7 @@ class Cluster:
             ClusterRefusal: not authorised to describe one of them.
         """
         asked = sorted(set(names))
-        try:
-            return await self._persistently("topic ids", lambda: self._topic_ids(asked))
-        except NotImplementedError:  # what the client raises for a version that the broker does not speak
-            return {}
+        return await self._if_spoken("topic ids", lambda: self._topic_ids(asked)) or {}
 
     async def settings(self, topics: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
         """Return the effective values of the settings *names* of *topics*; what does not exist is left out.
@@ -325,12 +322,9 @@ class Cluster:
             ClusterUnavailable: no answer in time.
             ClusterRefusal: not authorised to know who coordinates it.
         """
-        try:
-            return await self._persistently(
-                f"transactional id {transactional_id}", lambda: self._transaction(transactional_id)
-            )
-        except NotImplementedError:  # as for `topic_ids`
-            return None
+        return await self._if_spoken(
+            f"transactional id {transactional_id}", lambda: self._transaction(transactional_id)
+        )
 
     async def marker_leaders(
         self, transactional_id: str, group: str, partitions: Iterable[Partition]
@@ -346,10 +340,7 @@ class Cluster:
             ClusterRefusal: not authorised to know the coordinators.
         """
         asked = sorted(set(partitions))
-        try:
-            return await self._persistently("leaders", lambda: self._marker_leaders(transactional_id, group, asked))
-        except NotImplementedError:  # as for `topic_ids`
-            return None
+        return await self._if_spoken("leaders", lambda: self._marker_leaders(transactional_id, group, asked))
 
     # ------------------------------------------------------------------------------------------ single attempts
 
@@ -487,6 +478,13 @@ class Cluster:
     async def _send(self, request: Any, node: int | None = None) -> Any:
         assert self._client is not None, "open first"
         return await self._client.send(self._client.get_random_node() if node is None else node, request)
+
+    async def _if_spoken(self, what: str, attempt: Callable[[], Awaitable[_Answer]]) -> _Answer | None:
+        """As :meth:`_persistently`; None where the broker does not speak what is asked."""
+        try:
+            return await self._persistently(what, attempt)
+        except NotImplementedError:  # what the client raises for a version that the broker does not speak
+            return None
 
     async def _persistently(self, what: str, attempt: Callable[[], Awaitable[_Answer]]) -> _Answer:
         """Repeat *attempt* while it fails in passing, until the deadline.
