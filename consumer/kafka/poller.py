@@ -230,6 +230,8 @@ class Poller(ConsumerRebalanceListener):
         """Buffered bytes of one partition above which it is not fetched for: a partition that stands still must not
         hold the bytes that all of them need."""
         self._lost = False
+        self._fresh: dict[str, frozenset[int]] = {}
+        """Topics of which the group had committed nothing when it was first asked, and the partitions they had then."""
         self._generation = -1
         """Of the group, when the partitions were assigned."""
         self._assigned_at = time.monotonic()
@@ -766,8 +768,9 @@ class Poller(ConsumerRebalanceListener):
     async def _starts(self, partitions: list[TopicPartition]) -> dict[TopicPartition, StartPoint]:
         """Return where to start, and what is finished above; without those that no broker leads, and none can read.
 
-        ``latest`` applies only to a topic of which the group has committed nothing at all: a partition without a commit
-        beside others that have one was added later, and its first records must not be skipped.
+        ``latest`` applies only to a topic of which the group had committed nothing at all, and the partitions it had
+        then, whenever they open: another one without a commit was added later, and its first records must not be
+        skipped.
 
         Raises:
             ClusterUnavailable, ClusterRefusal: not to be had now.
@@ -787,6 +790,9 @@ class Poller(ConsumerRebalanceListener):
                 return {}
             committed = await cluster.committed(self._group_id)
             known = {topic for topic, _ in committed}
+            for name, topic in topics.items():
+                if topic is not None and name not in known:
+                    self._fresh.setdefault(name, frozenset(topic.leaders))
             chosen = await self._committed_starts(
                 cluster, {partition: committed[partition] for partition in led if partition in committed}
             )
@@ -795,7 +801,7 @@ class Poller(ConsumerRebalanceListener):
                     partition
                     for partition in led
                     if partition not in committed
-                    and side == ("earliest" if partition.topic in known else self._start_at)
+                    and side == (self._start_at if self._is_fresh(partition) else "earliest")
                 ]
                 found = await cluster.offsets(uncommitted, at) if uncommitted else {}
                 chosen |= {partition: StartPoint(found[partition]) for partition in uncommitted}
@@ -806,6 +812,9 @@ class Poller(ConsumerRebalanceListener):
                 else start
                 for partition, start in chosen.items()
             }
+
+    def _is_fresh(self, partition: TopicPartition) -> bool:
+        return partition.partition in self._fresh.get(partition.topic, ())
 
     async def _committed_starts(
         self, cluster: Cluster, commits: Mapping[TopicPartition, Committed]

@@ -575,6 +575,21 @@ class TestAssigned:
         await until(lambda: rig.consumer.committed == {FIRST: OffsetAndMetadata(expected, "")})
         await rig.answered(*range(expected, 9))
 
+    async def test_a_partition_that_opens_later_starts_as_configured_too(self, make: MakeRig) -> None:
+        """Contract 6: that the others have committed their starts meanwhile makes it no new one."""
+        rig = make(start="latest")
+        rig.consumer.write(*FIRST, *inserts(0, 4))
+        rig.cluster.leaderless.add(FIRST)
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST, SECOND)
+        await until(lambda: SECOND in rig.consumer.committed)
+
+        await rig.consumer.rebalance(FIRST, SECOND)
+        rig.cluster.leaderless.clear()
+
+        await until(lambda: FIRST in rig.consumer.committed)
+        assert rig.consumer.committed[FIRST] == OffsetAndMetadata(4, "")
+
     async def test_a_partition_added_to_a_known_topic_is_read_from_its_first_record(self, make: MakeRig) -> None:
         """H16i: with `latest`, records written before the new partition was noticed would be skipped."""
         rig = make(start="latest")
@@ -1914,6 +1929,24 @@ class TestExactlyOnce:
 
         begun = [event for event in transactions.events if not event.startswith("commit")]
         assert begun == ["start 1", "begin 1", "start 0", "begin 0"]
+
+    async def test_whose_producer_starts_later_begins_as_configured_too(self, make: MakeRig) -> None:
+        """Contract 6: its topic has commits by then, of this very start."""
+        transactions = TransactionsDouble()
+        transactions.held = True
+        rig = make(transactions=transactions, start="latest")
+        rig.consumer.write(*FIRST, *inserts(0, 4))
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST, SECOND)
+        await until(lambda: SECOND in transactions.writers)
+        transactions.writers[SECOND].may_start.set()
+        await rig.opened(SECOND)
+        rig.consumer.committed[SECOND] = OffsetAndMetadata(0, "")
+
+        transactions.writers[FIRST].may_start.set()
+        await rig.opened(FIRST)
+
+        assert rig.state(FIRST)["position"] == 4
 
     async def test_who_is_expelled_fences_nobody_any_more(self, make: MakeRig) -> None:
         """I2: producers that have not started by then would fence the rightful owners."""
