@@ -867,6 +867,7 @@ class Assignment:
         released = sum([entry.size for part in (self._chunk, self._buffer) for entry in part])
         self._chunk.clear()
         self._buffer.clear()
+        self._buffered_bytes = 0
         self._pipeline.budget.release(released)
 
     # ------------------------------------------------------------------------------------------ what can be seen

@@ -23,6 +23,7 @@ from consumer.log import Event
 from consumer.metrics import Counts, Distribution
 from consumer.offset_map import decode
 from consumer.operations import Metadata, Position, StoredObject
+from consumer.poison import PoisonPolicy
 from consumer.retry import RetryPolicy
 from consumer.storage.backend import Payload, Tombstone
 from consumer.storage.memory import MemoryBackend, MemoryChangeLog
@@ -773,6 +774,18 @@ class TestFlood:
 
         assert len(storage.running) == 1
         storage.let_all_go()
+
+    async def test_nothing_waits_in_a_partition_that_is_given_up(self, make: MakeWorkplace) -> None:
+        """What is dropped with it is charged to it no more: it would count as busy until the next rebalance."""
+        place = make(poison=PoisonPolicy(max_consecutive=1))
+        place.responses.acknowledge_always()
+        place.dead_letters.acknowledge_always()
+        assignment = place.assign()
+        assignment.receive([poison(0), *inserts(1, 600)])
+
+        await until(lambda: assignment.poison_limit is not None)
+
+        assert assignment.buffered_bytes == 0
 
 
 class StorageThatTakesTurns(GatedStorage):
