@@ -314,7 +314,6 @@ class TransactionWriter:
         self._pending: deque[_Item] = deque()
         self._pending_bytes = 0
         self._arrived = asyncio.Event()
-        self._offset_wanted = False
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -335,7 +334,6 @@ class TransactionWriter:
 
     def commit_offset(self) -> None:
         """Commit the offset though there is no response: it has moved over offsets that hold no record."""
-        self._offset_wanted = True
         self._arrived.set()
 
     async def start(self) -> None:
@@ -409,7 +407,6 @@ class TransactionWriter:
         Raises:
             Lost: the partition belongs to somebody else; nothing of this was committed.
         """
-        self._offset_wanted = False
         self._last_is_told = False
         while True:
             offset, offset_map = source.settle([item.token for item in items])
@@ -418,10 +415,10 @@ class TransactionWriter:
             try:
                 with its_assertions_are_failures():
                     written = await self._transact([*self._again, *items], offset, metadata)
+                self._again.clear()
+                self._last |= written
                 if time.monotonic() - began >= SLOW_COMMIT_SECONDS:
                     await self._sweep_again()
-                else:
-                    self._last |= written
             except _Refused as error:
                 await self._replace(error)
                 self._hand_back(items, error.item)
@@ -432,12 +429,15 @@ class TransactionWriter:
                 await self._replace(error)
                 continue
             except _FAILURES as error:
-                if await self._replace(error, partial(self._took_effect, source, offset, metadata)):
-                    break
-                continue
+                answered = self._commit is _Commit.ANSWERED
+                if not await self._replace(error, partial(self._took_effect, source, offset, metadata)):
+                    continue
+                if not answered:
+                    self._again.clear()  # part of what took effect; else it is what has been found forgotten since
             break
         self._failures = 0
-        self._again.clear()
+        if self._again:
+            self.commit_offset()  # with the next transaction, which there may be no response for
         source.transaction_committed(offset, metadata, map_left_out=metadata != offset_map)
         for owner, group in groupby(items, attrgetter("owner")):
             owner.acknowledged([item.token for item in group])
@@ -579,7 +579,7 @@ class TransactionWriter:
                     self._decided = await self._decision(cluster)
                 leaders = await self._leaders(cluster)
                 if self._decided is None:
-                    await self._account_for_the_last(cluster)
+                    await self._account_for_the_last(cluster, leaders)
                 with its_assertions_are_failures():
                     await connect_client(producer)
                 effective = took_effect is not None and await took_effect()
@@ -615,7 +615,7 @@ class TransactionWriter:
             await self._sweep(producer, cluster, await self._leaders(cluster), commit=True)
         self._last.clear()
 
-    async def _account_for_the_last(self, cluster: Cluster) -> None:
+    async def _account_for_the_last(self, cluster: Cluster, leaders: dict[TopicPartition, object]) -> None:
         """Find what a broker has forgotten of the last commit, before what is open beside it is aborted.
 
         A reader of committed records comes as far as where the oldest open transaction begins. That is the last commit,
@@ -625,6 +625,8 @@ class TransactionWriter:
             ClusterUnavailable, ClusterRefusal: as :meth:`Cluster.offsets`.
             _NotSwept: there is an older one.
         """
+        for target in self._last.keys() - leaders.keys():  # gone or denied: nobody can tell, nor make it good
+            del self._last[target]
         if not self._last:
             return
         stable = await cluster.offsets(self._last, LATEST, committed_only=True)

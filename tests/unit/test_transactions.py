@@ -183,6 +183,8 @@ class ClusterDouble:
     ) -> dict[TopicPartition, int]:
         assert (at, committed_only) == (LATEST, True)
         self.log.step("open")
+        if away := set(partitions) - self.log.leaders.keys():
+            raise ClusterUnavailable(f"not led by any broker: {away}")
         if self.log.hidden:
             self.log.hidden -= 1
             return dict.fromkeys(partitions, -1)
@@ -711,6 +713,48 @@ async def test_a_commit_that_was_answered_is_completed_though_its_sweep_fails(ri
     await rig.acknowledged(0)
     assert (rig.values(), rig.log.committed) == ([b"0"], (1, ""))
     assert len(rig.log.producers) == 2
+
+
+async def test_a_commit_that_was_answered_is_written_again_where_its_sweep_is_aborted(rig: Rig) -> None:
+    """I1: the sweep was open when it failed, and its end takes along what the commit has left open."""
+    await rig.begun()
+    rig.log.state = "Empty"
+    rig.log.forgets.append({"output", "slow"})
+    rig.log.fail("swept", RequestTimedOutError())
+    rig.append(0, b"0")
+
+    await rig.acknowledged(0)
+    await until(lambda: rig.values() == [b"0"])
+    assert rig.log.committed == (1, "")
+
+
+async def test_what_is_found_forgotten_after_an_answer_is_not_forgotten_again(rig: Rig) -> None:
+    """I1: the answered one has gone to the dead letters alone; the one before it is what has to be written again."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    rig.log.forgets.append({"slow"})
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    rig.log.fail("swept", RequestTimedOutError())
+    rig.append(1, b"letter", DEAD)
+
+    await rig.acknowledged(0, 1)
+    await until(lambda: rig.values() == [b"0"])
+    assert rig.values(DEAD) == [b"letter"]
+
+
+async def test_dead_letters_that_are_gone_after_some_were_written_hold_up_nothing(rig: Rig) -> None:
+    """What has become of them cannot be asked, and need not be."""
+    await rig.begun()
+    rig.append(0, b"letter", DEAD)
+    rig.append(0, b"0")
+    await rig.acknowledged(0, 0)
+    del rig.log.leaders[DEAD]
+    rig.log.fail("send", RequestTimedOutError())
+    rig.append(1, b"1")
+
+    await rig.acknowledged(0, 0, 1)
+    assert rig.values() == [b"0", b"1"]
 
 
 SIDES = [{"output"}, {"offsets"}, {"output", "offsets"}]
