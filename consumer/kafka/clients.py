@@ -6,7 +6,7 @@ import asyncio
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.conn import AIOKafkaConnection, CloseReason
@@ -14,8 +14,11 @@ from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from consumer.config import Config
 from consumer.kafka import header_names
-from consumer.kafka.connection import consumer_settings, producer_settings
+from consumer.kafka.connection import consumer_settings, producer_settings, reader_settings
 from consumer.kafka.fetch_pace import paced
+from consumer.kafka.metadata_pace import pace_metadata
+
+Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer)
 
 
 def make_consumer(config: Config) -> AIOKafkaConsumer:
@@ -23,18 +26,33 @@ def make_consumer(config: Config) -> AIOKafkaConsumer:
 
     Subscribing before ``start`` would make ``start`` wait for the first assignment without limit (hazard H17).
     """
-    header_names.install()
-    return paced(AIOKafkaConsumer(**consumer_settings(config)))
+    return _considerate(AIOKafkaConsumer(**consumer_settings(config)))
+
+
+def make_reader(config: Config, *, committed_only: bool = True) -> AIOKafkaConsumer:
+    """Make a consumer outside any group, for looking at topics."""
+    return _considerate(AIOKafkaConsumer(**reader_settings(config, committed_only=committed_only)))
 
 
 def make_producer(config: Config, batch_bytes: int) -> AIOKafkaProducer:
     """Make an idempotent producer for batches of at most *batch_bytes* before compression."""
-    return AIOKafkaProducer(**producer_settings(config, batch_bytes=batch_bytes))
+    return _considerate(AIOKafkaProducer(**producer_settings(config, batch_bytes=batch_bytes)))
 
 
 def make_transactional_producer(config: Config, transactional_id: str) -> AIOKafkaProducer:
     """Make a producer that fences all others of the same *transactional_id* when it is started."""
-    return AIOKafkaProducer(**producer_settings(config, transactional_id=transactional_id))
+    return _considerate(AIOKafkaProducer(**producer_settings(config, transactional_id=transactional_id)))
+
+
+def _considerate(client: Client) -> Client:
+    """Return *client*, which has not been started, as one that does not ask brokers as fast as it can."""
+    if isinstance(client, AIOKafkaConsumer):
+        header_names.install()
+        paced(client)
+        pace_metadata(client._client)  # noqa: SLF001 - held by a test
+    else:
+        pace_metadata(client.client)
+    return client
 
 
 class Startable(Protocol):
@@ -123,6 +141,7 @@ __all__ = [
     "its_assertions_are_failures",
     "make_consumer",
     "make_producer",
+    "make_reader",
     "make_transactional_producer",
     "see_that_the_cluster_is_known",
     "send_or_say_closed",

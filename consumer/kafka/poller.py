@@ -14,7 +14,8 @@ A rebalance, told by aiokafka's listener:
 1. Revoked: gates close; the watermarks are committed, which tells whether the partitions are still ours (a commit
    refused for our membership means *lost*: nothing is drained, H16b, H16c); what was started is finished within the
    drain deadline; the watermarks are committed again; the epoch ends. Reservations go back with their last operation.
-2. Assigned: fetching is paused, the new epoch's preparation is spawned.
+2. Assigned: fetching is paused, at a position of no meaning, or the client would look for its own; the new epoch's
+   preparation is spawned.
 3. Prepared: windows are reserved, committed offsets read, a start is chosen where there is none and committed at once,
    each partition is sought to its start and its gate opened. Each for itself: a partition without leader, one whose
    transactional producer cannot start yet, or whose older run is not over in this process (``recovering``, so that no
@@ -125,6 +126,10 @@ POLL_FAILURES_MAX = 3
 
 SHIELDED_COMMIT = "GroupCoordinator._do_commit_offsets"
 """The coroutine of aiokafka that goes on when a commit is cancelled; a test holds the installed release to it."""
+
+NOT_YET = 0
+"""Position of a partition that is not open, and so not fetched. For one without a position the client looks by itself:
+where it finds none at two brokers, as the leader has moved meanwhile, it trips over the second finding (H3)."""
 
 _NOWHERE = TopicPartition("-", 0)
 """Polled when no partition wants records: keeps the member alive (H16b) without draining any partition's buffer."""
@@ -535,6 +540,8 @@ class Poller(ConsumerRebalanceListener):
             self._assigned_at = time.monotonic()
             with suppress(IllegalStateError):
                 self._client.pause(*assigned)
+                for partition in assigned:
+                    self._client.seek(partition, NOT_YET)
             names = [f"{partition.topic}/{partition.partition}" for partition in sorted(assigned)]
             log.info("partitions assigned", epoch=self._epoch, partitions=names)
             if self._prepare_task is not None:

@@ -20,9 +20,8 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from consumer.config import Config
 from consumer.errors import TierstreamError, TooLarge
-from consumer.kafka import header_names
-from consumer.kafka.connection import RECORD_OVERHEAD_BYTES, producer_settings, reader_settings
-from consumer.kafka.fetch_pace import paced
+from consumer.kafka.clients import make_reader
+from consumer.kafka.connection import RECORD_OVERHEAD_BYTES, producer_settings
 from consumer.kafka.topics import LATEST, Cluster, ClusterRefusal, ClusterUnavailable, Topic
 from consumer.offset_map import count, decode
 
@@ -287,8 +286,7 @@ async def open_reader(
     if partition is not None and not 0 <= partition < count:
         raise ClusterRefusal(f"topic {topic} has partitions 0 to {count - 1}, not {partition}")
     partitions = [TopicPartition(topic, number) for number in ([partition] if partition is not None else range(count))]
-    header_names.install()
-    reader = paced(AIOKafkaConsumer(**reader_settings(config, committed_only=committed_only)))
+    reader = make_reader(config, committed_only=committed_only)
     try:
         await start_client(reader)
         reader.assign(partitions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -217,6 +218,32 @@ async def test_the_broker_holds_fetches_for_a_short_time_alone_while_there_is_wo
     await setting.until(lambda: len(setting.old_brokers[0].held) > 1)
 
     assert setting.old_brokers[0].held == {500, BUSY_MILLISECONDS}
+
+
+async def test_the_client_finds_no_fault_with_a_partition_that_is_not_open(set_up: Callable[[int], Setting]) -> None:
+    """It would look for a position of its own, find none, and keep that as an error that it does not expect twice."""
+    setting = set_up(1_000_000)
+    opening = asyncio.Event()
+
+    @asynccontextmanager
+    async def held() -> AsyncIterator[Cluster]:
+        await opening.wait()
+        async with Cluster(setting.config) as cluster:
+            yield cluster
+
+    setting.poller._ask_cluster = held  # type: ignore[assignment]
+    await setting.send(0, 1)
+    await setting.poller.start()
+    await setting.until(lambda: setting.poller.assigned > 0)
+    consumer: Any = setting.poller._consumer
+
+    for partition in consumer.assignment():
+        await consumer.committed(partition)  # answered after whatever the client has asked the coordinator for before
+    await asyncio.sleep(0.1)
+
+    assert consumer._fetcher._records == {}
+    opening.set()
+    await setting.until(lambda: bool(setting.answers()))
 
 
 async def test_a_topic_made_anew_has_another_id(broker: Broker) -> None:

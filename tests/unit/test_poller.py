@@ -506,6 +506,15 @@ class TestAssigned:
         rig.cluster.held.set()
         await rig.opened(FIRST, SECOND)
 
+    async def test_the_client_has_no_reason_to_look_for_a_position(self, make: MakeRig) -> None:
+        """H3: it does for a partition without one, and dies where it finds none at two brokers as a leader moves."""
+        rig = make()
+        rig.cluster.held = asyncio.Event()
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST, SECOND)
+
+        assert set(rig.consumer.positions) == rig.consumer.paused == {FIRST, SECOND}
+
     async def test_no_record_is_taken_before_the_start_is_known(self, make: MakeRig) -> None:
         """H13: the client would hand records over before its callback is done, from wherever it stands."""
         rig = make()
