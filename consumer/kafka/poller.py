@@ -118,6 +118,9 @@ BUSY_MILLISECONDS = 10
 of them is left out of both, and is asked for again when a thousand are left (``BUFFER_RECORDS_RESUME``): two such waits
 fit into the 20 ms that those take. A hundred fetches a second that bring nothing cost 3 % of a core."""
 
+BUSY_SECONDS = 10.0
+"""Where for so long no record has come and none was finished, those that wait are held up by something else."""
+
 FETCH_BYTES_MAX = 2**31 - 1
 """Largest fetch limit that the protocol can express."""
 
@@ -231,6 +234,8 @@ class Poller(ConsumerRebalanceListener):
         self._fetching: dict[TopicPartition, Assignment] = {}
         self._older_runs: dict[TopicPartition, StreamExecutor] = {}
         self._short_of_bytes = False
+        self._moved_at = time.monotonic()
+        """When records last came or were finished."""
         self._buffer_bytes_max = pipeline.budget.limit
         """Buffered bytes of one partition above which it is not fetched for: a partition that stands still must not
         hold the bytes that all of them need."""
@@ -341,10 +346,11 @@ class Poller(ConsumerRebalanceListener):
         """Say how long a poll may wait, and tell the client how long a broker may hold a fetch that finds nothing.
 
         Neither can be called off for a partition that is to be asked for again: a poll waits for the partitions it was
-        begun with, and the client has one fetch under way to each broker. While some partition has records, both are
-        kept short, or it would wait for those that have none. Private names, held by a test.
+        begun with, and the client has one fetch under way to each broker. While some partition has records, and is not
+        held up, both are kept short, or it would wait for those that have none. Private names, held by a test.
         """
-        busy = any(one.buffered_bytes for one in self._assignments.values())
+        moving = time.monotonic() - self._moved_at < BUSY_SECONDS
+        busy = moving and any(one.buffered_bytes for one in self._assignments.values())
         usual = self._client._fetch_max_wait_ms  # noqa: SLF001 - as set for all fetches
         fetcher: Any = self._client._fetcher  # noqa: SLF001 - what a running client asks for is set nowhere else
         fetcher._fetch_max_wait_ms = min(BUSY_MILLISECONDS, usual) if busy else usual  # noqa: SLF001 - as above
@@ -352,6 +358,8 @@ class Poller(ConsumerRebalanceListener):
 
     def _hand_over(self, fetched: Mapping[TopicPartition, list[Any]]) -> None:
         """Give records to their assignments; stop fetching where enough is buffered, in the same step of the loop."""
+        if fetched:
+            self._moved_at = time.monotonic()
         for partition, records in fetched.items():
             assignment = self._fetching.get(partition)
             if assignment is not None:
@@ -881,6 +889,7 @@ class Poller(ConsumerRebalanceListener):
 
     def _resolved(self, records: int) -> None:
         """Records are finished and their bytes free."""
+        self._moved_at = time.monotonic()
         if self._schedule.resolved(records):
             self._commit_due.set()
         if self._short_of_bytes and self._pipeline.budget.fetching_may_resume:

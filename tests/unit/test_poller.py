@@ -411,6 +411,20 @@ class TestPolling:
         await until(lambda: len(rig.place.responses.appended) == 1_000)
         await until(lambda: rig.consumer._fetcher._fetch_max_wait_ms == rig.consumer._fetch_max_wait_ms)
 
+    async def test_where_nothing_moves_brokers_hold_fetches_as_ever(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A partition may wait for hours, with all the records it may hold."""
+        rig = make(GatedStorage(hold_all=True))
+        await rig.join(FIRST, SECOND)
+        rig.place.responses.acknowledge_always()
+        rig.consumer.write(*FIRST, *inserts(0, 10))
+        await until(lambda: rig.consumer._fetcher._fetch_max_wait_ms == poller_module.BUSY_MILLISECONDS)
+
+        monkeypatch.setattr(poller_module, "BUSY_SECONDS", 0.0)
+        await rig.polled_again(2)
+        assert rig.consumer._fetcher._fetch_max_wait_ms == rig.consumer._fetch_max_wait_ms
+
     async def test_bytes_that_are_short_stop_all_fetching_until_some_are_free(self, make: MakeRig) -> None:
         """Contract 9: fetched records take half of the budget at most; the reason is shown."""
         rig = make(GatedStorage(hold_all=True), limit=2, budget_bytes=400_000)
