@@ -15,10 +15,10 @@ PARTITIONS, LIMIT = 60, 50
 @pytest.mark.slow
 @pytest.mark.parametrize(("exhausted", "with_window"), [("equal-share", 50), ("pause", 22)])
 def test_sixty_partitions_on_fifty_permits(
-    embedded: Broker, set_stage: SetStage, exhausted: str, with_window: int
+    broker: Broker, set_stage: SetStage, exhausted: str, with_window: int
 ) -> None:
     """Contract 4, 8, 9: the starved ones are in state, metrics and log; idle windows come to them; all is answered."""
-    stage = set_stage(embedded, PARTITIONS, concurrency={"limit": LIMIT}, window={"exhausted": exhausted})
+    stage = set_stage(broker, PARTITIONS, concurrency={"limit": LIMIT}, window={"exhausted": exhausted})
     service = stage.start(partitions=PARTITIONS)
     service.wait(lambda: all(one["window"] is not None for one in service.partitions().values()), "windows")
 
