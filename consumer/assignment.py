@@ -227,6 +227,8 @@ class Assignment:
         note: Where the record being decoded is noted; closed with the assignment.
     """
 
+    starving_since: float | None = None
+    """Monotonic time since when there is no window and something to read, or nobody has told that there is not."""
     _awaited: Callable[[], Awaitable[object]] | None = None
     """What the next record, or what comes of it, waits for; None where there will be none."""
     _source: str | None = None
@@ -266,7 +268,7 @@ class Assignment:
         self.committed_at: float | None = None
         """When the last commit of this assignment succeeded, seconds since the epoch; written by the poller."""
         self.high_watermark: int | None = None
-        """The broker's end of the log as last told; written by the poller."""
+        """The broker's end of the log as last told: :meth:`log_ends_at`."""
         self.out_of_range = False
         """True where the start offset is gone; written by the poller."""
         self.poison_limit = poison_limit
@@ -344,7 +346,13 @@ class Assignment:
         elif not busy:
             self._tracker.advance(position)
         self.cursor = position
+        self._see_whether_it_starves()
         return True
+
+    def log_ends_at(self, offset: int) -> None:
+        """The broker has told its end of the log."""
+        self.high_watermark = offset
+        self._see_whether_it_starves()
 
     def receive(self, records: Sequence[Record]) -> None:
         """Take fetched records, in offset order; those below :attr:`cursor` were taken before and are ignored."""
@@ -441,6 +449,7 @@ class Assignment:
             elif self._giving_up and not self._ending:
                 self._giving_up = False
                 self.waiting_since = time.monotonic()
+                self._see_whether_it_starves()
                 log.info("idle window passed on", topic=self.topic, partition=self.partition, epoch=self.epoch)
                 patience = RESERVE_BACKOFF_SECONDS_MAX  # not the first to take it again
                 self._freed()
@@ -451,9 +460,17 @@ class Assignment:
     def _starve(self) -> None:
         """No window: count it, say it, and ask whether somebody has one to spare."""
         self.waiting_since = time.monotonic()
+        self._see_whether_it_starves()
         self._pipeline.counts.reservations["at_capacity"] += 1
         log.warning("no permits for this partition", topic=self.topic, partition=self.partition, epoch=self.epoch)
         self._wanted(self)
+
+    def _see_whether_it_starves(self) -> None:
+        """Begin to count, or cease, where a window, the log's end or the watermark has changed."""
+        if self.waiting_since is None or self.lag == 0:
+            self.starving_since = None
+        elif self.starving_since is None:
+            self.starving_since = time.monotonic()
 
     def try_now(self) -> None:
         """Permits have come back: where this assignment waits for some, it tries at once."""
@@ -480,7 +497,7 @@ class Assignment:
                 continue
             waited = time.monotonic() - (self.waiting_since or self._assigned_at)
             self._pipeline.counts.reserved(waited)
-            self.waiting_since = None
+            self.waiting_since = self.starving_since = None
             self._idle_since = time.monotonic()
             log.info("window reserved", topic=self.topic, partition=self.partition, window=self._executor.window)
             self._refill(self)
@@ -759,6 +776,8 @@ class Assignment:
         self._idle_since = time.monotonic()
         if self._too_distant:
             self._wake.set()
+        if self.waiting_since is not None:  # the last answers of a window that was passed on
+            self._see_whether_it_starves()
         if not self._unacknowledged:
             self._settled.set()
         self._on_resolved(len(offsets))

@@ -1096,7 +1096,7 @@ class Poller(ConsumerRebalanceListener):
         if self._is_told_by_fetches(partition) and partition in self._client.assignment():
             end = self._client.highwater(partition)
             if end is not None:
-                assignment.high_watermark = end
+                assignment.log_ends_at(end)
 
     def _is_told_by_fetches(self, partition: TopicPartition) -> bool:
         """Tell whether fetches are sent and answered, be it with nothing: each answer tells the end of the log."""
@@ -1121,7 +1121,7 @@ class Poller(ConsumerRebalanceListener):
                 continue
             for partition, end in ends.items():
                 if not self._is_told_by_fetches(partition):
-                    untold[partition].high_watermark = end
+                    untold[partition].log_ends_at(end)
 
     def not_ready(self) -> list[str]:
         """Reasons why the service should not count as ready."""
@@ -1148,9 +1148,9 @@ class Poller(ConsumerRebalanceListener):
                 reasons.append(f"{name}: no answer to fetches for {silent:.0f} s")
             if assignment.poison_limit is not None:
                 reasons.append(f"{name}: poison limit: {assignment.poison_limit}")
-            waiting = assignment.waiting_since
-            if waiting is not None and now - waiting >= STARVED_SECONDS and assignment.lag != 0:
-                reasons.append(f"{name}: no permits for {now - waiting:.0f} s")
+            starving = assignment.starving_since
+            if starving is not None and now - starving >= STARVED_SECONDS:
+                reasons.append(f"{name}: no permits for {now - starving:.0f} s")
         return reasons
 
     def _silent_seconds(self, partition: TopicPartition, now: float) -> float:

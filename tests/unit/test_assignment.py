@@ -1248,6 +1248,51 @@ class TestWindow:
         first.receive(inserts(3, 2))
         await until(lambda: first.watermark == 5)
 
+    async def test_it_starves_from_when_it_has_something_to_read_and_no_window(
+        self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Contract 8: whichever comes last begins the minute, and either ends it; an unknown end counts as more."""
+        monkeypatch.setattr(assignment_module, "RESERVE_BACKOFF_SECONDS", 0.0)
+        place = make(limit=3)
+        held = place.limiter.acquire_many_nowait(3)
+        assignment = place.assign(window=None, begin=None)
+        since = [assignment.starving_since]
+        assignment.begin(5)
+        for end in (5, 6, 6, 5, 6, 7):
+            assignment.log_ends_at(end)
+            since.append(assignment.starving_since)
+        assert [one is not None for one in since] == [True, False, True, True, False, True, True]
+        assert since[2] == since[3]
+        assert since[5] == since[6]
+        assert assignment.jump(7)
+        since = [assignment.starving_since]
+        assignment.log_ends_at(8)
+        since.append(assignment.starving_since)
+
+        held.release()
+        await until(lambda: assignment.wants_records)
+
+        since.append(assignment.starving_since)
+        assignment.log_ends_at(9)
+        since.append(assignment.starving_since)
+        assert [one is not None for one in since] == [False, True, False, False]
+
+    async def test_the_last_answers_of_a_window_passed_on_end_starving(self, make: MakeWorkplace) -> None:
+        """Contract 8: what is answered and not acknowledged yet is lag, and afterwards none."""
+        place = make(limit=1)
+        assignment = place.assign(window=1)
+        assignment.receive(inserts(0, 3))
+        assignment.log_ends_at(3)
+        assignment.give_up_window()
+        await until(lambda: place.freed == 1)
+        before = assignment.starving_since
+
+        place.responses.acknowledge()
+        await until(lambda: assignment.watermark == 3)
+
+        assert before is not None
+        assert assignment.starving_since is None
+
     async def test_who_gave_its_window_up_waits_longer_than_one_turn_for_another(
         self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -1302,7 +1347,7 @@ class TestState:
         assert (unknown["window"], unknown["paused_for"], unknown["oldest"]) == (4, ["recovering"], None)
 
         assignment.begin(10)
-        assignment.high_watermark = 20
+        assignment.log_ends_at(20)
         place.responses.acknowledge_always()
         assignment.receive(inserts(10, 5))
         await until(lambda: place.resolved == 4)

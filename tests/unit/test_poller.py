@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -171,9 +172,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
-    """Moves the poller's monotonic clock forward."""
+    """Moves the clocks of the poller and its assignments forward."""
 
     class Time:
+        time_ns = staticmethod(time.time_ns)
+
         def __init__(self) -> None:
             self.ahead = 0.0
 
@@ -185,6 +188,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
 
     moved = Time()
     monkeypatch.setattr(poller_module, "time", moved)
+    monkeypatch.setattr(assignment_module, "time", moved)
 
     def forward(seconds: float) -> None:
         moved.ahead += seconds
@@ -1572,10 +1576,10 @@ class TestReadiness:
         rig.consumer.answered_ms[FIRST] = 1000 * (1_700_000_000 + 60)
         assert rig.poller.not_ready() == []
 
-    async def test_a_partition_that_starves_is_told_where_it_has_something_to_read(
+    async def test_a_partition_that_starves_is_told_once_it_has_missed_permits_for_a_minute(
         self, make: MakeRig, clock: Iterator[Callable[[float], None]]
     ) -> None:
-        """Contract 4 and 8: 60 s without permits; a partition with nothing to read misses none."""
+        """Contract 4 and 8: 60 s with lag and without permits; time with nothing to read does not count."""
         forward = next(clock)
         rig = make(limit=1, window_exhausted="pause")
         for partition in (FIRST, SECOND):
@@ -1585,11 +1589,15 @@ class TestReadiness:
         await rig.opened(FIRST, SECOND)
         starved = next(state["partition"] for state in rig.poller.snapshot() if state["window"] == 0)
         await until(lambda: rig.state(TopicPartition("operations", starved))["lag"] == 0)
-        forward(61)
+        forward(3600)
         assert rig.poller.not_ready() == []
 
         rig.consumer.write("operations", starved, *inserts(0, 1))
         await until(lambda: rig.state(TopicPartition("operations", starved))["lag"] == 1)
+        assert rig.poller.not_ready() == [], "it has missed nothing before"
+        forward(59)
+        assert rig.poller.not_ready() == []
+        forward(2)
         assert rig.poller.not_ready() == [f"operations/{starved}: no permits for 61 s"]
 
     async def test_log_ends_are_asked_for_where_no_fetch_tells_them(self, make: MakeRig) -> None:
