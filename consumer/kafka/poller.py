@@ -36,7 +36,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -255,6 +255,8 @@ class Poller(ConsumerRebalanceListener):
         """How often the poll loop has come round."""
         self._map_size = SizeLimit()
         self._releasing = asyncio.Lock()
+        self._released_in_order = True
+        """What the last release has returned."""
         self._committing = asyncio.Lock()
         self._schedule = CommitSchedule(commit_policy, time.monotonic())
         self._commit_due = asyncio.Event()
@@ -364,7 +366,7 @@ class Poller(ConsumerRebalanceListener):
             assignment = self._fetching.get(partition)
             if assignment is not None:
                 assignment.receive(records)
-                if assignment.full or assignment.buffered_bytes >= self._buffer_bytes_max:
+                if not assignment.open or assignment.full or assignment.buffered_bytes >= self._buffer_bytes_max:
                     self._stop_fetching(partition)
         if self._pipeline.budget.fetching_stopped and not self._short_of_bytes:
             self._short_of_bytes = True
@@ -415,9 +417,11 @@ class Poller(ConsumerRebalanceListener):
             self._fatal(PoisonLimitReached(f"{name}: {assignment.poison_limit}"))
 
     def _seek_all(self) -> None:
-        for partition, assignment in self._fetching.items():
-            with suppress(IllegalStateError):
-                self._client.seek(partition, assignment.cursor)
+        """Put the client where reading has got to; also in what is fetched no more: an answer may have come since."""
+        for partition, assignment in self._assignments.items():
+            if assignment.begun and assignment.open:
+                with suppress(IllegalStateError):
+                    self._client.seek(partition, assignment.cursor)
 
     def _fetch_more(self, error: RecordTooLargeError) -> None:
         """A fetch brought less than one record, over which the client has moved (H2): go back, and allow twice as much.
@@ -568,9 +572,11 @@ class Poller(ConsumerRebalanceListener):
         """Give all partitions up: gates, drain, commit. A second caller waits for the first and finds nothing left.
 
         Returns:
-            True where everything started was answered and committed.
+            True where everything started was answered and committed, also by a first caller that had to be waited for.
         """
+        under_way = self._releasing.locked()
         async with self._releasing:
+            before = not under_way or self._released_in_order
             if self._prepare_task is not None:
                 self._prepare_task.cancel()
                 await asyncio.wait([self._prepare_task])
@@ -607,7 +613,8 @@ class Poller(ConsumerRebalanceListener):
             if leaving:
                 seconds = round(time.monotonic() - began, 3)
                 log.info("partitions released", epoch=self._epoch, seconds=seconds, outcomes=Counter(outcomes.values()))
-            return set(outcomes.values()) <= {"drained"}
+            self._released_in_order = before and set(outcomes.values()) <= {"drained"}
+            return self._released_in_order
 
     def _uncommitted(self) -> list[TopicPartition]:
         """Partitions with finished work that is not committed; a start that was only chosen is none."""
@@ -1128,30 +1135,34 @@ class Poller(ConsumerRebalanceListener):
         if self._consumer is None:
             return ["not connected to the broker"]
         if self.rebalancing:
-            return ["rebalancing"]
-        reasons = [
-            f"topic {topic} does not exist" for topic in self._topics if not self._client.partitions_for_topic(topic)
-        ]
+            reasons = ["rebalancing"]
+        else:
+            topics = [topic for topic in self._topics if not self._client.partitions_for_topic(topic)]
+            reasons = [f"topic {topic} does not exist" for topic in topics]
         if self._poll_failures >= POLL_FAILURES_MAX:
             reasons.append(f"polling fails: {self._poll_error}")
         now = time.monotonic()
         for partition, assignment in sorted(self._assignments.items()):
             name = f"{partition.topic}/{partition.partition}"
-            if assignment.out_of_range:
-                reasons.append(f"{name}: offset out of range")
-            if partition in self._unreadable:
-                reasons.append(f"{name}: cannot be read: {self._unreadable[partition]}")
-            if not assignment.begun and now - self._assigned_at >= STARVED_SECONDS:
-                reasons.append(f"{name}: not open for {now - self._assigned_at:.0f} s")
-            silent = self._silent_seconds(partition, now)
-            if silent >= STARVED_SECONDS:
-                reasons.append(f"{name}: no answer to fetches for {silent:.0f} s")
-            if assignment.poison_limit is not None:
-                reasons.append(f"{name}: poison limit: {assignment.poison_limit}")
-            starving = assignment.starving_since
-            if starving is not None and now - starving >= STARVED_SECONDS:
-                reasons.append(f"{name}: no permits for {now - starving:.0f} s")
+            reasons += [f"{name}: {reason}" for reason in self._held_up_by(partition, assignment, now)]
         return reasons
+
+    def _held_up_by(self, partition: TopicPartition, assignment: Assignment, now: float) -> Iterator[str]:
+        """Tell what keeps a partition from being worked on, where somebody should look at it."""
+        if assignment.out_of_range:
+            yield "offset out of range"
+        if partition in self._unreadable:
+            yield f"cannot be read: {self._unreadable[partition]}"
+        if not assignment.begun and now - self._assigned_at >= STARVED_SECONDS:
+            yield f"not open for {now - self._assigned_at:.0f} s"
+        if (silent := self._silent_seconds(partition, now)) >= STARVED_SECONDS:
+            yield f"no answer to fetches for {silent:.0f} s"
+        if assignment.poison_limit is not None:
+            yield f"poison limit: {assignment.poison_limit}"
+        if assignment.starving_since is not None and now - assignment.starving_since >= STARVED_SECONDS:
+            yield f"no permits for {now - assignment.starving_since:.0f} s"
+        if (writer := self._writers.get(partition)) is not None and writer.stuck:
+            yield "responses are not being acknowledged"
 
     def _silent_seconds(self, partition: TopicPartition, now: float) -> float:
         """Return how long nobody has answered a fetch; an answer without records counts too. 0 where none is sent."""

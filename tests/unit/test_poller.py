@@ -393,6 +393,31 @@ class TestPolling:
         assert 1 <= calls.count("pause 0") <= 5
         assert not [call for call in calls if call.startswith("seek")]
 
+    async def test_a_record_cut_short_is_read_again_though_its_partition_is_fetched_no_more(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """H2: the client moves over it when the answer comes, and says so, paused or not."""
+        rig = make()
+        rig.place.responses.acknowledge_always()
+        await rig.join(FIRST, SECOND)
+        getmany = rig.consumer.getmany
+        cut_short = [RecordTooLargeError("no complete batch at %s=%s within %s", FIRST, 0, 1000)]
+
+        async def stopped_meanwhile(*partitions: TopicPartition, **named: Any) -> Any:
+            if cut_short and FIRST in partitions:
+                rig.poller._stop_fetching(FIRST)
+                rig.consumer.write(*FIRST, *inserts(0, 2))
+                rig.consumer.positions[FIRST] = 1
+                raise cut_short.pop()
+            return await getmany(*partitions, **named)
+
+        monkeypatch.setattr(rig.consumer, "getmany", stopped_meanwhile)
+        await until(lambda: not cut_short)
+        await rig.polled_again()
+        rig.poller._refill(rig.poller._assignments[FIRST])
+
+        await rig.answered(0, 1)
+
     async def test_a_partition_is_asked_for_again_though_another_one_has_nothing(
         self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -1503,6 +1528,18 @@ class TestStartAndStop:
         assert await rig.stop() is True
         assert rig.consumer.polls_cancelled == 1, "void: no poll was waiting"
 
+    async def test_a_stop_in_a_release_that_runs_out_of_time_says_so(self, make: MakeRig) -> None:
+        """Contract 11: exit 1; the release was a rebalance's, and the stop finds nothing left to do."""
+        rig = make(GatedStorage("object-0"), drain_timeout_seconds=0.05)
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+        await rig.join(FIRST)
+        await until(lambda: rig.state()["in_flight"] == 1)
+        revoking = asyncio.ensure_future(rig.consumer.revoke())
+        await settled()
+
+        assert await rig.stop() is False
+        await revoking
+
     async def test_a_stop_that_could_not_commit_says_so(self, make: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
         """Contract 11: exit 1, since a restart repeats something."""
         monkeypatch.setattr(poller_module, "COMMIT_TIMEOUT_SECONDS", 0.01)
@@ -2006,6 +2043,32 @@ class TestExactlyOnce:
 
         assert rig.state(FIRST)["paused_for"] == ["output"]
         assert rig.state(SECOND)["paused_for"] == []
+        assert rig.poller.not_ready() == ["operations/0: responses are not being acknowledged"]
+
+    async def test_what_does_not_open_shows_while_it_is_not_known_whether_we_are_a_member(
+        self, make: MakeRig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Contract 8: as where no producer can start."""
+        monkeypatch.setattr(poller_module, "STARVED_SECONDS", 1e-9)
+        transactions = TransactionsDouble()
+        transactions.held = True
+        rig = make(transactions=transactions)
+        await rig.poller.start()
+        await rig.consumer.rebalance(FIRST)
+        await until(lambda: FIRST in rig.poller._assignments)
+
+        assert rig.poller.not_ready() == ["rebalancing", "operations/0: not open for 0 s"]
+
+    async def test_a_partition_that_turns_out_to_be_lost_is_not_fetched(self, make: MakeRig) -> None:
+        """Its records would be thrown away, as many as come until the client hears of it, too."""
+        transactions = TransactionsDouble()
+        rig = make(transactions=transactions)
+        await rig.join(FIRST)
+
+        rig.poller._assignments[FIRST].lose()
+        rig.consumer.write(*FIRST, *inserts(0, 1))
+
+        await until(lambda: FIRST in rig.consumer.paused)
 
     async def test_a_member_that_the_group_does_not_know_is_none(self, make: MakeRig) -> None:
         """H21: a member that was expelled while it was frozen would fence the rightful owner."""
