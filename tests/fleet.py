@@ -26,27 +26,34 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from brokers import Broker, wait_until
 from chaos_plan import Action, Plan
+from consumer.config import parse_duration
 from consumer.exits import STOP_MARGIN_SECONDS
 from group_history import bury, read_history
 from invariants import (
+    NOTED_MS,
     Arrival,
+    Fault,
     Interval,
+    Repeat,
     Reply,
+    beyond_windows,
     busy_moments,
     commits_gone_back,
     commits_past_unanswered,
     longest_silence,
     repeats_below_commit,
-    repeats_unexplained,
+    repeats_of,
+    unexplained,
 )
 from leadership import Leadership
-from ledger import Reader
+from ledger import Answer, Reader
 from load import CANARY, Load, ends, read_back
 from service_process import ServiceProcess, command_line
 from stages import Stage, set_up
@@ -57,9 +64,22 @@ SECRET = "secret-71d0be"
 WINDOW = 50
 """Operations in flight of one partition: a tenth of the 500 permits of a process."""
 
+COMMIT_SECONDS = 10.0
+"""I6: what is answered is committed one interval and this much later at the latest, as an attempt to commit may go
+unanswered for 5 s, and the next one is made at once and takes no longer."""
+
+COMMITS_BACK_SECONDS = 20.0
+"""And for so long nobody may be able to commit after a broker has gone or come, though others are there: a node is
+given up after its session of 3 s, its successor loads what the group has committed, and is found by the members, whose
+attempts before that go unanswered for 5 s each."""
+
 DRAIN_SECONDS = 10.0
 EXIT_SECONDS = DRAIN_SECONDS + 5.0
 """I10: from SIGTERM to the end: the drain's deadline and 5 s."""
+
+NOTED_LATE_MS = int((DRAIN_SECONDS + COMMIT_SECONDS / 2) * 1000)
+"""A member that has lost a partition without a word tells so when its drain is over and its commit refused, and a
+broker has come back when it answers: others have long begun to repeat then."""
 
 EXIT_IN_OUTAGE_SECONDS = DRAIN_SECONDS + STOP_MARGIN_SECONDS
 """Contract 11: where a broker or storage is away, each step of the stop takes what it may."""
@@ -93,19 +113,9 @@ def fleet_stage(
     stage.config["storage"] |= {"threshold": "1KiB"}
     if stage.config["storage"]["change_log"]["type"] != "memory":
         stage.config["storage"]["change_log"] |= {"lease": "5s"}
-    for topic in (stage.ledger.input, stage.ledger.output):
+    for topic in (stage.ledger.input, stage.ledger.output, stage.ledger.dead_letter):
         broker.alter_topic(topic, message_timestamp_type="LogAppendTime")
     return stage
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something after which work may be repeated (contract 3)."""
-
-    at: int
-    """Milliseconds since the epoch."""
-    windows: int = 1
-    """Operations in flight that may be answered twice: one window of each partition, of a frozen member two."""
 
 
 @dataclass
@@ -210,6 +220,8 @@ class Fleet:
         """Who leads what in a cluster; where nobody watches that, no plan may be about it."""
         self._began = time.monotonic()
         self._outages: list[Interval] = []
+        self._no_commits: list[Interval] = []
+        """Beside the outages: when it may be that nobody could commit."""
         self._broker_down_at = self._storage_held_at = 0
         self._alone_at = now_ms()
         """Since when no member could work; 0 while one can."""
@@ -302,7 +314,7 @@ class Fleet:
         self.happened["clean stops"] += code == 0
         if code == 1 and excused:
             self.happened["stops cut short by an outage"] += 1
-            self.faults.append(Fault(now_ms(), 2))
+            self._fault(2, noted=NOTED_LATE_MS)
         elif code != 0:
             self.wrong.append(f"I12: {member.name} was asked to stop: {member.service.obituary()}")
 
@@ -350,7 +362,7 @@ class Fleet:
         self._remember_memory(member)
         left = self.load.sent - len(self.stage.ledger.answers)
         at = "at work" if reads(member) else "joining" if has_started(member) else "starting"
-        self.faults.append(Fault(now_ms()))
+        self._fault()
         member.service.kill()
         self.happened["kills"] += 1
         self.happened[f"kills of a member {at}"] += 1
@@ -360,10 +372,15 @@ class Fleet:
     def _fell(self, place: int) -> None:
         """Note that a doomed member has ended itself."""
         self._dead[place] = self.members.pop(place)
-        self.faults.append(Fault(now_ms()))
+        self._fault()
         self.happened["kills at a step"] += 1
         self.happened["kills with work left"] += self.load.sent > len(self.stage.ledger.answers)
         self._count_the_able()
+
+    def _fault(self, windows: int = 1, *, at: int = 0, noted: int = NOTED_MS) -> None:
+        """Note that now, or *at* another time, something happened after which what is not committed is repeated."""
+        fresh = parse_duration(self.stage.config["commit"]["interval"]) + COMMIT_SECONDS
+        self.faults.append(Fault(at or now_ms(), int(fresh * 1000), windows, noted))
 
     def bury(self, place: int) -> None:
         """End the session of who was killed in this place."""
@@ -384,7 +401,7 @@ class Fleet:
     def freeze(self, place: int) -> None:
         """SIGSTOP."""
         member = self.members[place]
-        self.faults.append(Fault(now_ms(), 2))
+        self._fault(2)
         os.kill(member.service.process.pid, signal.SIGSTOP)
         member.frozen = True
         self.happened["members frozen"] += 1
@@ -395,7 +412,7 @@ class Fleet:
         member = self.members[place]
         os.kill(member.service.process.pid, signal.SIGCONT)
         member.frozen = False
-        self.faults.append(Fault(now_ms(), 2))
+        self._fault(2)
         self._count_the_able()
 
     def _remember_memory(self, member: Member) -> None:
@@ -415,7 +432,7 @@ class Fleet:
     def _to_the_broker(self, action: Action) -> None:
         nodes, kind = self.stage.broker.nodes, action.kind
         node = nodes[max(0, action.member)]
-        alone = len(nodes) == 1  # else nothing is excused: the others go on without it
+        alone = len(nodes) == 1  # else no silence is excused: the others go on without it
         if self.leadership is not None:
             self.leadership.cause = kind
         match kind:
@@ -425,12 +442,13 @@ class Fleet:
                     self._outages.append((self._broker_down_at, now_ms()))
                     self._broker_down_at = 0
                 # A frozen broker handles at its thaw what was sent to it long before, also by members it then expels.
-                self.faults.append(Fault(now_ms(), 2 if kind == "thaw broker" else 1))
+                self._fault(2 if kind == "thaw broker" else 1, noted=NOTED_LATE_MS)
             case _:
-                self.faults.append(Fault(now_ms()))
+                self._fault()
                 self._broker_down_at = now_ms() if alone else 0
                 {"stop broker": node.stop, "kill broker": node.kill, "freeze broker": node.freeze}[kind]()
                 self.happened[f"broker: {kind.removesuffix(' broker')}"] += 1
+        self._no_commits.append((now_ms(), now_ms() + int(COMMITS_BACK_SECONDS * 1000)))
 
     def _hold_storage(self) -> None:
         """Take the write lock of the storage's file, as a program of somebody else might."""
@@ -487,6 +505,7 @@ class Fleet:
     def share_outages(self, other: Fleet) -> None:
         """Of another fleet on the same broker, which has done something to it."""
         self._outages += other._current_outages()
+        self._no_commits += other._no_commits
         self.faults += other.faults
 
     def _all_seen_off(self) -> bool:
@@ -508,20 +527,27 @@ class Fleet:
         history = read_history(stage.broker, stage.group, ledger.input)
         commits = history.commits
         arrivals = [Arrival(entry.partition, entry.offset, entry.timestamp) for entry in ledger.entries.values()]
-        replies = [
-            Reply(entry.partition, entry.offset, answer.timestamp)
-            for name, entry in ledger.entries.items()
-            for answer in ledger.answers.get(name, ())
+        replies = self._replies(ledger.answers)
+        letters = self._replies(ledger.dead_letters)
+        to_be_kept = [
+            Arrival(entry.partition, entry.offset, entry.timestamp)
+            for entry in ledger.entries.values()
+            if ledger.deserves_a_letter(entry)
         ]
         self._read_logs()
         verdict = ledger.verdict()
         exactly_once = stage.config.get("delivery") == "exactly-once"
         # In every partition, as nobody here believes what the service says of whose it was.
         window = 0 if exactly_once else WINDOW * ledger.partition_count
-        in_flight = window * sum(fault.windows for fault in self.faults)
-        of_zombies = window * sum(fault.windows for fault in self.faults if fault.windows > 1)
-        unexplained = repeats_unexplained(replies, commits, [fault.at for fault in self.faults])
+        no_commits = [*self._current_outages(), *self._no_commits]
+        repeats, letter_repeats = (
+            unexplained(repeats_of(found), commits, self.faults, window=window, no_commits=no_commits)
+            for found in (replies, letters)
+        )
+        of_zombies = [fault for fault in self.faults if fault.windows > 1]
         late = repeats_below_commit(replies, commits)
+        too_late = beyond_windows(late, of_zombies, window)
+        too_late += beyond_windows(repeats_below_commit(letters, commits), of_zombies, window)
         until = max((reply.at for reply in replies), default=0)
         excused = self._current_outages()
         silence = longest_silence(arrivals, replies, until=until, excused=excused)
@@ -535,20 +561,29 @@ class Fleet:
             for partition in range(ledger.partition_count)
         )
         growth = max((growth_of(member.memory) for member in self._all), default=0)
+        self.happened["records to be dead-lettered"] += len(to_be_kept)
         self.happened["rebalances"] += len(history.generations)
         self.happened["rebalances with work in flight"] += busy_moments(arrivals, replies, history.generations)
         wrong = [
             *(f"I1: {name} was never answered" for name in verdict.missing),
-            *(f"I3: {text}" for text in verdict.mismatched),
+            *(f"I1: {name} was never dead-lettered" for name in verdict.letters_missing),
+            *(f"I3: {text}" for text in [*verdict.mismatched, *verdict.letters_mismatched]),
             *(f"I4: {text}" for text in commits_past_unanswered(arrivals, replies, commits)),
+            *(f"I4: {text}" for text in commits_past_unanswered(to_be_kept, letters, commits, "dead-lettered")),
             *(f"I5: {text}" for text in commits_gone_back(commits)),
-            *self._wrong_if(len(late) > of_zombies, f"I5: {len(late)} responses below a commit, such as {late[:3]}"),
-            *self._wrong_if(
-                unexplained > in_flight, f"I6: {unexplained} repeats, {in_flight} operations were in flight at a fault"
+            *self._wrong_if(bool(too_late), f"I5: {len(too_late)} repeats below a commit, such as {too_late[:3]}"),
+            *(
+                f"I6: {len(wrong)} {what} repeated that no fault explains, such as {self._account_of(wrong[:3])}"
+                for what, wrong in (("responses", repeats.wrong), ("dead letters", letter_repeats.wrong))
+                if wrong
             ),
             *self._wrong_if(
                 exactly_once and verdict.surplus > 0,
                 f"I2: {verdict.surplus} responses repeated, such as {self._repeats(verdict.duplicated)}",
+            ),
+            *self._wrong_if(
+                exactly_once and bool(verdict.letters_repeated),
+                f"I2: dead letters repeated: {list(verdict.letters_repeated)[:3]}",
             ),
             *self._wrong_if(ledger.committed(stage.group) != ends(ledger), "I1: the last commits are not at the ends"),
             *self._wrong_if(silence > silence_max, f"I10: no response for {silence:.1f} s though records waited"),
@@ -566,7 +601,9 @@ class Fleet:
             "records": len(ledger.entries),
             "responses": verdict.responses,
             "repeated": verdict.surplus,
-            "repeats of what was in flight": unexplained,
+            "dead letters": len(letters),
+            "dead letters repeated": sum(verdict.letters_repeated.values()),
+            "repeats of what was in flight": repeats.in_flight + letter_repeats.in_flight,
             "responses below a commit": len(late),
             "responses brought again to the reader": ledger.brought_again,
             "commits": len(commits),
@@ -579,6 +616,14 @@ class Fleet:
         }
         return Findings(self.wrong + wrong, self.happened, figures)
 
+    def _replies(self, found: Mapping[str, Iterable[Answer]]) -> list[Reply]:
+        """What stands on a topic for each input record."""
+        return [
+            Reply(entry.partition, entry.offset, one.timestamp)
+            for name, entry in self.stage.ledger.entries.items()
+            for one in found.get(name, ())
+        ]
+
     @staticmethod
     def _wrong_if(condition: bool, text: str) -> Iterator[str]:
         if condition:
@@ -590,6 +635,16 @@ class Fleet:
             f"{name} at {[f'{time_of(one.timestamp)} as {one.partition}/{one.offset}' for one in answers]}"
             for name, answers in ((name, self.stage.ledger.answers[name]) for name in islice(duplicated, 3))
         ]
+
+    def _account_of(self, wrong: Iterable[Repeat]) -> list[str]:
+        """Repeats, each with the last fault before it, for whoever looks for it in the logs."""
+        accounts = []
+        for one in wrong:
+            earlier = [fault for fault in self.faults if fault.at <= one.again]
+            last = max(earlier, key=attrgetter("at"), default=None)
+            times = f"at {time_of(one.before)} and again at {time_of(one.again)}"
+            accounts.append(f"{one.partition}/{one.offset} {times}, last fault {last and (time_of(last.at), last)}")
+        return accounts
 
     def _read_logs(self) -> None:
         """Search every log for what may not stand there, and for the trouble the members have met."""
@@ -617,7 +672,7 @@ class Fleet:
             case "partitions released":
                 outcomes = line["outcomes"]
                 if set(outcomes) - {"drained"}:
-                    self.faults.append(Fault(timestamp_ms(line), 2))
+                    self._fault(2, at=timestamp_ms(line), noted=NOTED_LATE_MS)
                 for outcome in outcomes:
                     self.happened[f"releases: {outcome}"] += 1
 

@@ -4,9 +4,11 @@ Times are milliseconds since the epoch by the broker's clock: when an input reco
 appended, when a commit was accepted. Brokers on one machine stamp them all, so that they can be compared.
 
 =====  ==============================================================================================================
-I4     :func:`commits_past_unanswered`: an accepted commit has a response, appended before it, for all that is below
+I4     :func:`commits_past_unanswered`: an accepted commit has a response, appended before it, for all that is below;
+       and a dead letter, for all of that to which one is due
 I5     :func:`commits_gone_back`, :func:`repeats_below_commit`: no commit goes back, no work below one is done again
-I6     :func:`repeats_unexplained`: surplus responses to what was not answered and uncommitted when a fault happened
+I6     :func:`repeats_of`, :func:`unexplained`: a surplus response is to what had just been answered, and was not
+       committed, when a fault happened; or was in flight then, of which there is one window of its partition
 I10    :func:`longest_silence`: how long nothing came out while there was something to answer
 =====  ==============================================================================================================
 """
@@ -15,8 +17,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 
 from group_history import Commit
@@ -42,6 +45,45 @@ class Reply:
 
 Interval = tuple[int, int]
 
+IN_FLIGHT_MS = 30_000
+"""What is in flight at a fault is appended by then or never: the request time-out of the producers."""
+
+NOTED_MS = 1_000
+"""A fault may be written down so much later than it happened: it is noticed in turn with everything else."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something after which work may be repeated (contract 3)."""
+
+    at: int
+    fresh: int
+    """How long before it an answer may have come and yet not be committed, in milliseconds."""
+    windows: int = 1
+    """Operations in flight that may be answered twice: one window of each partition. Two where whoever had the
+    partition is alive: it may then still answer what others have long answered and committed."""
+    noted: int = NOTED_MS
+    """What it causes may be written down so long before it itself is."""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A record was answered *again*, after the answer *before*."""
+
+    partition: int
+    offset: int
+    before: int
+    again: int
+
+
+@dataclass(frozen=True)
+class Unexplained:
+    """Of repeats, what no fault explains by what was committed."""
+
+    in_flight: int
+    """So many were in flight at a fault, each of them within a window."""
+    wrong: list[Repeat]
+
 
 def commits_gone_back(commits: Iterable[Commit]) -> list[str]:
     """I5: commits below an earlier one of their partition."""
@@ -57,9 +99,9 @@ def commits_gone_back(commits: Iterable[Commit]) -> list[str]:
 
 
 def commits_past_unanswered(
-    arrivals: Iterable[Arrival], replies: Iterable[Reply], commits: Iterable[Commit]
+    arrivals: Iterable[Arrival], replies: Iterable[Reply], commits: Iterable[Commit], done: str = "answered"
 ) -> list[str]:
-    """I4: commits that were accepted before everything below them was answered."""
+    """I4: commits that were accepted before everything below them was answered; or *done*, by other replies."""
     first = _first_replies(replies)
     records: dict[int, list[int]] = defaultdict(list)
     for arrival in sorted(arrivals, key=attrgetter("offset")):
@@ -72,42 +114,79 @@ def commits_past_unanswered(
             answered = first.get((commit.partition, offsets[at]))
             if answered is None or answered > commit.at:
                 when = "never" if answered is None else f"{answered - commit.at} ms later"
-                wrong.append(f"partition {commit.partition}: {commit.offset} committed, {offsets[at]} answered {when}")
+                wrong.append(f"partition {commit.partition}: {commit.offset} committed, {offsets[at]} {done} {when}")
             at += 1
         checked[commit.partition] = at
     return wrong
 
 
-def repeats_below_commit(replies: Iterable[Reply], commits: Iterable[Commit]) -> list[Reply]:
+def repeats_below_commit(replies: Iterable[Reply], commits: Iterable[Commit]) -> list[Repeat]:
     """I5: responses to a record that were appended after a commit above it, and after another response to it."""
     reached = _Reached(commits)
-    seen: set[tuple[int, int]] = set()
-    wrong = []
-    for reply in sorted(replies, key=attrgetter("at")):
-        name = (reply.partition, reply.offset)
+    return [
+        repeat
+        for repeat in repeats_of(replies)
         # In the same millisecond nobody knows which was first.
-        if name in seen and reply.offset < reached.offset(reply.partition, reply.at - 1):
-            wrong.append(reply)
-        seen.add(name)
-    return wrong
+        if repeat.offset < reached.offset(repeat.partition, repeat.again - 1)
+    ]
 
 
-def repeats_unexplained(replies: Iterable[Reply], commits: Iterable[Commit], faults: Sequence[int]) -> int:
-    """I6: surplus responses but those to records that were answered and not committed when a fault happened.
-
-    *faults* are their moments. What remains can only have been in flight then: in a window.
-    """
-    reached = _Reached(commits)
+def repeats_of(replies: Iterable[Reply]) -> list[Repeat]:
+    """Every surplus reply, with the one before it."""
     times: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for reply in replies:
+    for reply in sorted(replies, key=attrgetter("at")):
         times[reply.partition, reply.offset].append(reply.at)
-    unexplained = 0
-    for (partition, offset), copies in times.items():
-        if len(copies) > 1:
-            first = min(copies)
-            causes = sum(first <= at and reached.offset(partition, at) <= offset for at in faults)
-            unexplained += max(0, len(copies) - 1 - causes)
-    return unexplained
+    return [Repeat(*name, before, again) for name, copies in times.items() for before, again in pairwise(copies)]
+
+
+def unexplained(
+    repeats: Iterable[Repeat],
+    commits: Iterable[Commit],
+    faults: Iterable[Fault],
+    *,
+    window: int,
+    no_commits: Iterable[Interval] = (),
+) -> Unexplained:
+    """I6: the repeats but those of what a fault found answered and not committed.
+
+    An answer waits for its commit one interval and the commit's own time, no longer (`Fault.fresh`); time within
+    *no_commits*, when nobody could commit, does not count. What waited longer is no fault's doing: after a hard one it
+    is wrong, and where somebody is left who may still answer, it has to fit into a *window* like everything that was
+    in flight. A window is that of one partition at one fault.
+    """
+    reached, outages = _Reached(commits), _merged(no_commits)
+    faults = sorted(faults, key=attrgetter("at"))
+    left = [
+        repeat
+        for repeat in repeats
+        if not any(
+            repeat.before <= fault.at <= repeat.again + fault.noted
+            and reached.offset(repeat.partition, fault.at) <= repeat.offset
+            and fault.at - repeat.before - _overlap(outages, repeat.before, fault.at) <= fault.fresh
+            for fault in faults
+        )
+    ]
+    wrong = beyond_windows(left, faults, window)
+    return Unexplained(len(left) - len(wrong), wrong)
+
+
+def beyond_windows(repeats: Iterable[Repeat], faults: Iterable[Fault], window: int) -> list[Repeat]:
+    """The repeats that were not in flight at any fault, or were too many for it: *window* for each partition."""
+    faults = sorted(faults, key=attrgetter("at"))
+    room: dict[tuple[int, int], int] = {}
+    wrong = []
+    # Who has to be served first is; from the first fault on that has room for it: so as many as possible find room.
+    for repeat in sorted(repeats, key=attrgetter("again")):
+        for number, fault in enumerate(faults):
+            last = repeat.again if fault.windows > 1 else repeat.before
+            if repeat.before - IN_FLIGHT_MS <= fault.at <= last + fault.noted:
+                left = room.get((repeat.partition, number), window * fault.windows)
+                if left:
+                    room[repeat.partition, number] = left - 1
+                    break
+        else:
+            wrong.append(repeat)
+    return wrong
 
 
 class _Reached:

@@ -9,14 +9,21 @@ missing
 duplicated
     input records with more than one, by the count of surplus ones.
 mismatched
-    responses that contradict their record: index, source, request id, key, kind, status, headers, output partition.
+    responses that contradict their record: index, source, request id, object key, payload, kind, status, headers,
+    record key, output partition.
+
+And of dead letters, which are due to all that cannot be decoded and to what is answered with certain codes:
+
+letters missing, letters repeated, letters mismatched
+    the same three; a letter is mismatched where it is not its record as it was, or where its record deserves none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,7 +36,33 @@ from brokers import Broker
 LEADER_SECONDS = 20
 """A client of ours has found the new leader of a partition by then."""
 
+DEAD_LETTER_CODES = frozenset(
+    {
+        *("decode_error", "unknown_schema", "unsafe_schema", "null_value", "invalid_operation", "invalid_metadata"),
+        *("panic", "backend_error"),
+    }
+)
+"""Contract 2.2: what is answered with one of these is dead-lettered as well; so is what is too large to be decoded."""
+
+OF_THE_RUN = frozenset({"panic", "backend_error"})
+"""Those of them that say nothing of the record: run again, it may be answered otherwise."""
+
+DEAD_LETTER_HEADER = "tierstream-dlq-"
+
 Headers = list[tuple[str, bytes | None]]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What an object holds, in few bytes."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, payload: bytes) -> Content:
+        """Describe a payload."""
+        return cls(len(payload), hashlib.sha256(payload).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -48,6 +81,10 @@ class Entry:
     statuses: frozenset[int] = frozenset()
     timestamp: int = 0
     """Milliseconds since the epoch: the producer's time, or the broker's where the topic is made so."""
+    object_key: str | None = None
+    """Of the object it is about; None where the service chooses it, too."""
+    content: Content | None = None
+    """Of that object, once it is done: of an insert what it brings, of another one what its only writer has written."""
 
     @property
     def id(self) -> str:
@@ -111,6 +148,10 @@ class Verdict:
     missing: list[str]
     duplicated: dict[str, int]
     mismatched: list[str]
+    letters_missing: list[str] = field(default_factory=list)
+    letters_repeated: dict[str, int] = field(default_factory=dict)
+    letters_mismatched: list[str] = field(default_factory=list)
+    """Of dead letters: only where the ledger has been asked to read them (`Ledger.read_all`)."""
 
     @property
     def surplus(self) -> int:
@@ -279,6 +320,8 @@ class Ledger:
         request_id: str | None = None,
         kind: str | None = None,
         statuses: Collection[int] = (),
+        object_key: str | None = None,
+        content: Content | None = None,
         wait: bool = True,
     ) -> list[Entry]:
         """Produce one record; with *wait* return its entry (alone in a list) once the broker has acknowledged it.
@@ -299,6 +342,8 @@ class Ledger:
                 kind,
                 frozenset(statuses),
                 timestamp,
+                object_key,
+                content,
             )
             self.entries[entry.id] = entry
             sent.append(entry)
@@ -341,10 +386,16 @@ class Ledger:
         key: bytes | None = None,
         partition: int = 0,
         headers: Sequence[tuple[str, bytes | None]] = (),
+        holds: bytes | None = None,
         wait: bool = True,
         **operation: Any,
     ) -> list[Entry]:
-        """Produce one operation (`wire.operation`) and enter it; the request id is made up unless given."""
+        """Produce one operation (`wire.operation`) and enter it; the request id is made up unless given.
+
+        *holds* is what the object then holds, where nobody else writes it: what a get has to bring, if it finds it.
+        """
+        if kind == "insert" and isinstance(payload, bytes):
+            holds = payload
         operation.setdefault("request_id", f"r-{partition}-{len(self.entries)}-{time.monotonic_ns()}")
         return self.send(
             wire.operation(kind, object_key, payload, **operation),
@@ -354,6 +405,8 @@ class Ledger:
             request_id=operation["request_id"],
             kind=kind,
             statuses=statuses,
+            object_key=object_key,
+            content=None if holds is None else Content.of(holds),
             wait=wait,
         )
 
@@ -387,7 +440,7 @@ class Ledger:
 
     def _enter_dead_letters(self, answers: Iterable[Answer]) -> None:
         for answer in answers:
-            where = (answer.header(f"tierstream-dlq-{part}") for part in ("topic", "partition", "offset"))
+            where = (answer.header(f"{DEAD_LETTER_HEADER}{part}") for part in ("topic", "partition", "offset"))
             self.dead_letters["/".join(str(part) for part in where)].append(answer)
 
     def poll(self, seconds: float = 0.05) -> int:
@@ -462,12 +515,7 @@ class Ledger:
             "response id": (entry.id, answer.header("tierstream-response-id")),
             "status header": (str(response["status"]), answer.header("tierstream-status")),
             "kind header": (response["kind"] or "unknown", answer.header("tierstream-kind")),
-            "output partition": (
-                entry.partition
-                if self.output_partition_count == self.partition_count
-                else entry.partition % self.output_partition_count,
-                answer.partition,
-            ),
+            "output partition": (self._partition_of(entry, self._output), answer.partition),
         }
         if answer.header("tierstream-key-dropped") is None:
             expected["record key"] = (entry.key, answer.key)
@@ -475,23 +523,57 @@ class Ledger:
             expected["kind"] = (entry.kind, response["kind"] or "unknown")
         if entry.request_id is not None:
             expected["request id"] = (entry.request_id, response["request_id"])
-        wrong = [
-            f"{entry.id}: {what} is {is_!r}, not {should!r}"
-            for what, (should, is_) in expected.items()
-            if should != is_
-        ]
+        if entry.object_key is not None and response["kind"] is not None and response["status"] != 400:
+            expected["object key"] = (entry.object_key, response["key"])
+        if entry.content is not None:
+            expected |= _contents(entry.content, answer)
+        wrong = _differences(entry, expected)
         if entry.statuses and response["status"] not in entry.statuses:
             wrong.append(f"{entry.id}: status {response['status']} {response['result']}, not {set(entry.statuses)}")
         return wrong
 
+    def deserves_a_letter(self, entry: Entry) -> bool:
+        """Whether *entry* has to be dead-lettered: it cannot be decoded, or was answered with a code that says so."""
+        return entry.kind == "unknown" or any(
+            answer.code in DEAD_LETTER_CODES for answer in self.answers.get(entry.id, ())
+        )
+
+    def letter_contradictions(self, entry: Entry, letter: Answer) -> list[str]:
+        """What is in the dead letter *letter* that is not *entry*, whole and as it was."""
+        code = letter.header(f"{DEAD_LETTER_HEADER}code")
+        expected: dict[str, tuple[Any, Any]] = {
+            "key": (entry.key, letter.key),
+            "value": (
+                None if letter.header(f"{DEAD_LETTER_HEADER}truncated") == "true" else entry.value,
+                letter.value,
+            ),
+            "headers": (
+                [header for header in entry.headers if not header[0].startswith(DEAD_LETTER_HEADER)],
+                [header for header in letter.headers if not header[0].startswith(DEAD_LETTER_HEADER)],
+            ),
+            "partition": (self._partition_of(entry, self._dead_letter), letter.partition),
+            "timestamp": (str(entry.timestamp), letter.header(f"{DEAD_LETTER_HEADER}timestamp")),
+        }
+        wrong = [f"dead letter of {text}" for text in _differences(entry, expected)]
+        codes = {answer.code for answer in self.answers.get(entry.id, ())}
+        if code not in OF_THE_RUN and not (self.deserves_a_letter(entry) and code in codes):
+            wrong.append(f"dead letter of {entry.id}: because of {code}, but it is answered with {codes}")
+        return wrong
+
+    def _partition_of(self, entry: Entry, topic: Reader) -> int:
+        """Contract 2.3: the same partition where there are as many."""
+        count = topic.partition_count
+        return entry.partition if count == self.partition_count else entry.partition % count
+
     def verdict(self) -> Verdict:
         """Compare everything that came out so far with everything that went in."""
         strangers = [f"{name}: a response to no record" for name in self.answers if name not in self.entries]
+        lost = [f"{name}: a dead letter of no record" for name in self.dead_letters if name not in self.entries]
         return Verdict(
             records=len(self.entries),
             responses=sum(map(len, self.answers.values())),
             missing=[name for name in self.entries if name not in self.answers],
-            duplicated={name: len(copies) - 1 for name, copies in self.answers.items() if len(copies) > 1},
+            duplicated=_surplus(self.answers),
             mismatched=strangers
             + [
                 wrong
@@ -499,4 +581,43 @@ class Ledger:
                 for answer in self.answers.get(name, [])
                 for wrong in self.contradictions(entry, answer)
             ],
+            letters_missing=[
+                name
+                for name, entry in self.entries.items()
+                if name not in self.dead_letters and self.deserves_a_letter(entry)
+            ],
+            letters_repeated=_surplus(self.dead_letters),
+            letters_mismatched=lost
+            + [
+                wrong
+                for name, letters in self.dead_letters.items()
+                if name in self.entries
+                for letter in letters
+                for wrong in self.letter_contradictions(self.entries[name], letter)
+            ],
         )
+
+
+def _differences(entry: Entry, expected: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [
+        f"{entry.id}: {what} is {is_!r}, not {should!r}" for what, (should, is_) in expected.items() if should != is_
+    ]
+
+
+def _contents(content: Content, answer: Answer) -> dict[str, tuple[Any, Any]]:
+    """What *answer* says of an object that holds *content*, where it says anything."""
+    found = answer.result.get("object") if answer.result_type == "Got" else answer.result
+    if found is None or found.get("metadata") is None:
+        return {}
+    said: dict[str, tuple[Any, Any]] = {"size": (content.size, found["metadata"]["size"])}
+    payload = found.get("payload")
+    if isinstance(payload, bytes):
+        said["payload"] = (content, Content.of(payload))
+    elif payload is not None:  # a reference: who follows it reads the bytes
+        said["size of the payload referred to"] = (content.size, payload["size"])
+    return said
+
+
+def _surplus(copies: Mapping[str, Sequence[Answer]]) -> dict[str, int]:
+    """How many there are too many of each."""
+    return {name: len(all_of_it) - 1 for name, all_of_it in copies.items() if len(all_of_it) > 1}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from collections.abc import Callable
 
 from ledger import Ledger
@@ -60,9 +59,16 @@ class Load:
                 ("head", {404} if deleted else {204}),
             ]
             for kind, statuses in story:
-                payload = payload_of(key) if kind == "insert" else b""
+                held = payload_of(key)
                 self.ledger.operate(
-                    kind, key, payload, statuses=statuses, key=key.encode(), partition=partition, wait=False
+                    kind,
+                    key,
+                    held if kind == "insert" else b"",
+                    statuses=statuses,
+                    key=key.encode(),
+                    partition=partition,
+                    holds=held,
+                    wait=False,
                 )
             self.sent += len(story)
             if not deleted:
@@ -120,12 +126,18 @@ def read_back(load: Load, count: int) -> None:
     chosen = random.Random(7).sample(load.kept, min(count, len(load.kept)))
     before = len(ledger.entries)
     for partition, key in chosen:
-        ledger.operate("get", key, statuses={200}, partition=partition, wait=False)
+        ledger.operate("get", key, statuses={200}, partition=partition, holds=payload_of(key), wait=False)
     ledger.flush()
     entries = list(ledger.entries.values())[before:]
     ledger.wait_answered(entries)
-    payloads = Counter(ledger.answers[entry.id][0].result["object"]["payload"] for entry in entries)
-    assert payloads == Counter(payload_of(key) for _, key in chosen)
+    assert sorted((entry.partition, entry.object_key) for entry in entries) == sorted(chosen)
+    wrong = [
+        text
+        for entry in entries
+        for answer in ledger.answers[entry.id]
+        for text in ledger.contradictions(entry, answer)
+    ]
+    assert wrong == []
 
 
 def ends(ledger: Ledger) -> dict[int, int]:

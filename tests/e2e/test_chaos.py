@@ -101,6 +101,7 @@ def test_hard_kills_under_load_lose_nothing_and_repeat_only_what_was_not_committ
             "kills of a member at work": rounds // 2,
             "rebalances with work in flight": rounds // 2,
             "tombstones in storage": 50,
+            "records to be dead-lettered": rounds * 3,
         },
     )
 

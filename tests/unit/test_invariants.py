@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 import chaos_plan
+import wire
+from brokers import Broker
 from chaos_plan import Action, Plan
 from group_history import Commit, GroupHistory, parse
 from invariants import (
     Arrival,
+    Fault,
+    Interval,
+    Repeat,
     Reply,
+    Unexplained,
+    beyond_windows,
     busy_moments,
     commits_gone_back,
     commits_past_unanswered,
     longest_silence,
     repeats_below_commit,
-    repeats_unexplained,
+    repeats_of,
+    unexplained,
 )
-from ledger import Answer
+from ledger import Answer, Content, Entry, Headers, Ledger, Reader
 
 ARRIVALS = [Arrival(0, offset, 100) for offset in range(4)]
 REPLIES = [Reply(0, 0, 110), Reply(0, 2, 120), Reply(0, 1, 130), Reply(0, 3, 140)]
@@ -45,6 +56,17 @@ class TestCommits:
 
         assert "3 answered never" in wrong
 
+    def test_a_commit_of_what_is_answered_and_not_dead_lettered_is_found(self) -> None:
+        """Which is why dead letters are replies of their own, to the records that need one."""
+        poison, letters = [ARRIVALS[1], ARRIVALS[3]], [Reply(0, 1, 125)]
+
+        assert commits_past_unanswered(ARRIVALS, REPLIES, [Commit(0, 4, 999)]) == []
+        assert commits_past_unanswered(poison, letters, [Commit(0, 3, 130)], "dead-lettered") == []
+        (late,) = commits_past_unanswered(poison, letters, [Commit(0, 3, 124)], "dead-lettered")
+        assert late == "partition 0: 3 committed, 1 dead-lettered 1 ms later"
+        (never,) = commits_past_unanswered(poison, letters, [Commit(0, 4, 999)], "dead-lettered")
+        assert never == "partition 0: 4 committed, 3 dead-lettered never"
+
     def test_another_partition_answers_for_nobody_else(self) -> None:
         assert commits_past_unanswered([Arrival(1, 0, 0)], REPLIES, [Commit(1, 1, 999)]) != []
 
@@ -58,24 +80,86 @@ class TestCommits:
 class TestRepeats:
     """I5 and I6."""
 
-    def test_a_repeat_of_what_was_not_committed_is_explained_by_a_fault_after_the_first(self) -> None:
-        replies = [*REPLIES, Reply(0, 3, 300)]
-        commits = [Commit(0, 3, 130)]
+    WINDOW = 2
 
-        assert repeats_unexplained(replies, commits, [200]) == 0
-        assert repeats_unexplained(replies, commits, [139]) == 1, "the fault came before the first answer"
-        assert repeats_unexplained(replies, [Commit(0, 4, 150)], [200]) == 1, "it was committed when the fault came"
+    def judge(
+        self, replies: list[Reply], commits: list[Commit], faults: list[Fault], no_commits: list[Interval] | None = None
+    ) -> Unexplained:
+        return unexplained(repeats_of(replies), commits, faults, window=self.WINDOW, no_commits=no_commits or ())
 
-    def test_each_fault_explains_one_repeat(self) -> None:
-        replies = [*REPLIES, Reply(0, 3, 300), Reply(0, 3, 400)]
+    def wrong(
+        self, replies: list[Reply], commits: list[Commit], faults: list[Fault], no_commits: list[Interval] | None = None
+    ) -> list[Repeat]:
+        return self.judge(replies, commits, faults, no_commits).wrong
 
-        assert repeats_unexplained(replies, [], [200]) == 1
-        assert repeats_unexplained(replies, [], [200, 350]) == 0
+    def test_a_repeat_of_what_was_not_committed_is_explained_by_a_fault_between_the_answers(self) -> None:
+        replies = [*REPLIES, Reply(0, 3, 300_000)]
+        fault = Fault(200_000, fresh=200_000)
+
+        assert self.judge(replies, [Commit(0, 3, 130)], [fault]) == Unexplained(0, [])
+        assert self.wrong(replies, [Commit(0, 4, 150)], [fault]) != [], "it was committed when the fault came"
+        assert self.wrong(replies, [], [Fault(302_000, fresh=999_999)]) != [], "the fault came after the second answer"
+        assert self.wrong(replies, [], []) == [Repeat(0, 3, 140, 300_000)]
+
+    def test_what_was_answered_long_before_the_fault_and_never_committed_is_wrong_however_many_there_are(self) -> None:
+        """Nobody commits anything, and a member is killed after a hundred seconds."""
+        answers = [Reply(0, offset, offset) for offset in range(100_000)]
+        again = [Reply(0, offset, 200_000 + offset) for offset in range(100_000)]
+
+        wrong = self.wrong(answers + again, [], [Fault(100_000, fresh=10_200)])
+
+        assert len(wrong) == 100_000 - 10_200, "one interval and a commit's time before the fault are explained"
+        assert {repeat.before < 89_800 for repeat in wrong} == {True}
+
+    def test_when_nobody_could_commit_does_not_count(self) -> None:
+        replies, fault = [*REPLIES, Reply(0, 3, 90_000)], Fault(60_140, fresh=10_000)
+
+        assert self.wrong(replies, [], [fault]) == [Repeat(0, 3, 140, 90_000)]
+        assert self.wrong(replies, [], [fault], [(140, 50_140)]) == []
+        assert self.wrong(replies, [], [fault], [(140, 30_000), (20_000, 50_140)]) == []
+        assert self.wrong(replies, [], [fault], [(140, 50_139)]) != [], "a millisecond too long"
+
+    def test_each_fault_explains_one_repeat_of_a_record(self) -> None:
+        replies = [*REPLIES, Reply(0, 3, 90_000), Reply(0, 3, 180_000)]
+        first, second = Fault(200, fresh=1_000), Fault(90_500, fresh=1_000)
+
+        assert self.wrong(replies, [], [first]) == [Repeat(0, 3, 90_000, 180_000)]
+        assert self.wrong(replies, [], [first, second]) == []
+        assert self.wrong(replies, [], [second]) == [Repeat(0, 3, 140, 90_000)], "answered for long"
+
+    def test_what_is_answered_after_a_kill_was_in_flight_and_that_is_one_window_of_each_partition(self) -> None:
+        """The requests of who was killed were on their way."""
+        replies = [Reply(partition, offset, 1_500) for partition in range(2) for offset in range(3)]
+        replies += [Reply(one.partition, one.offset, 9_000) for one in replies]
+        kill = Fault(400, fresh=1_000)
+
+        assert len(self.wrong(replies, [], [kill])) == 2, "a third one of each partition"
+        assert self.judge(replies, [], [kill, kill]).in_flight == 6, "two faults, two windows"
+        assert len(self.wrong([Reply(0, 0, 31_000), Reply(0, 0, 31_001)], [], [kill])) == 1, "gone for long"
+
+    def test_windows_of_another_partition_or_of_a_fault_at_another_time_help_nobody(self) -> None:
+        replies = [Reply(0, offset, at) for offset in range(3) for at in (1_500, 9_000)]
+
+        assert len(self.wrong(replies, [], [Fault(400, fresh=100), *[Fault(90_000, fresh=100)] * 50])) == 1
+
+    def test_who_is_still_alive_may_answer_a_window_more_of_what_others_have_answered(self) -> None:
+        """A member is frozen at 200 with offset 3 in flight; another one answers and commits; it thaws at 14,000."""
+        replies, commits = [*REPLIES, Reply(0, 3, 14_100)], [Commit(0, 4, 500)]
+
+        assert self.judge(replies, commits, [Fault(14_000, fresh=100, windows=2)]) == Unexplained(1, [])
+        assert self.wrong(replies, commits, [Fault(14_000, fresh=100)]) != [], "a kill leaves nobody who could"
+
+    def test_windows_are_given_to_those_who_have_no_other(self) -> None:
+        late = [Repeat(0, offset, before, before + 5) for offset, before in enumerate([900, 900, 30_800, 30_800])]
+        faults = [Fault(40, fresh=0), Fault(30_790, fresh=0)]
+
+        assert beyond_windows(late[::-1], faults, self.WINDOW) == []
+        assert len(beyond_windows(late, faults[:1], self.WINDOW)) == 2
 
     def test_an_answer_below_a_commit_is_found(self) -> None:
         late = Reply(0, 1, 200)
 
-        assert repeats_below_commit([*REPLIES, late], [Commit(0, 2, 150)]) == [late]
+        assert repeats_below_commit([*REPLIES, late], [Commit(0, 2, 150)]) == [Repeat(0, 1, 130, 200)]
         assert repeats_below_commit([*REPLIES, late], [Commit(0, 1, 150)]) == []
         assert repeats_below_commit([*REPLIES, late], [Commit(0, 2, 200)]) == [], "at the same moment: nobody knows"
 
@@ -144,6 +228,156 @@ class TestHistory:
     def test_a_version_nobody_knows_is_no_commit_of_something_else(self) -> None:
         with pytest.raises(ValueError, match="version 5"):
             parse([self.record(self.KEY, b"\x00\x05" + self.PLAIN[2:])], "group", "topic")
+
+
+class Judged(Ledger):
+    """A ledger of what is put into it: two partitions of everything, and no broker."""
+
+    def __init__(self) -> None:
+        super().__init__(broker=cast("Broker", None), input="in", output="out", dead_letter="dead")
+
+    def __post_init__(self) -> None:
+        self.partition_count = 2
+        self._output = self._dead_letter = cast("Reader", SimpleNamespace(partition_count=2))
+
+    def put(self, kind: str, statuses: set[int], **more: Any) -> Entry:
+        """Enter a record."""
+        entry = Entry("in", 1, len(self.entries), b"k", b"value", [("h", b"1")], None, kind, frozenset(statuses), 5)
+        entry = replace(entry, **more)
+        self.entries[entry.id] = entry
+        return entry
+
+    def respond(self, entry: Entry, status: int, result: tuple[str, Any], key: str | None = None) -> None:
+        """Answer it."""
+        kind = None if entry.kind == "unknown" else entry.kind
+        source = {"topic": "in", "partition": 1, "offset": entry.offset}
+        response = {"index": entry.offset, "source": source, "request_id": None, "context": None}
+        response |= {"kind": kind, "key": key, "status": status, "result": result, "completed_at": 0}
+        said = {"response-id": entry.id, "status": status, "kind": kind or "unknown"}
+        headers: Headers = [(f"tierstream-{name}", str(value).encode()) for name, value in said.items()]
+        self.answers[entry.id].append(Answer(1, 0, b"k", wire.datum("response", response), headers, 0))
+
+    def bury(self, entry: Entry, code: str, **changed: Any) -> None:
+        """Dead-letter it, otherwise than it was where that is *changed*."""
+        said = {"topic": "in", "partition": 1, "offset": entry.offset, "timestamp": 5, "code": code}
+        headers = [*entry.headers, *((f"tierstream-dlq-{name}", str(value).encode()) for name, value in said.items())]
+        letter = replace(Answer(1, 0, entry.key, entry.value, headers, 0), **changed)
+        self.dead_letters[entry.id].append(letter)
+
+
+def failure(code: str) -> tuple[str, Any]:
+    """The result of what has failed."""
+    return "Failure", {"code": code, "message": "", "retriable": False}
+
+
+def got(payload: bytes | dict[str, Any], size: int) -> tuple[str, Any]:
+    """The result of a get."""
+    return "Got", {"object": {"metadata": {**wire.METADATA, "size": size}, "payload": payload}}
+
+
+class TestResponses:
+    """I3 and I7: an answer is the answer to its own record, and brings what the object holds."""
+
+    def judge(self, status: int, result: tuple[str, Any], key: str | None = "mine", kind: str = "get") -> list[str]:
+        ledger = Judged()
+        entry = ledger.put(kind, {200, 201, 204, 404, 503}, object_key="mine", content=Content.of(b"bytes"))
+        ledger.respond(entry, status, result, key)
+        return ledger.verdict().mismatched
+
+    def test_the_whole_payload_under_its_own_key_is_right(self) -> None:
+        assert self.judge(200, got(b"bytes", 5)) == []
+
+    def test_another_object_s_key_or_bytes_are_found_though_everything_else_is_right(self) -> None:
+        (key,) = self.judge(200, got(b"bytes", 5), key="yours")
+        (content,) = self.judge(200, got(b"other", 5))
+
+        assert key == "in/1/0: object key is 'yours', not 'mine'"
+        assert content.startswith("in/1/0: payload is Content(size=5")
+
+    def test_no_key_is_another_key(self) -> None:
+        assert self.judge(200, got(b"bytes", 5), key=None) != []
+
+    def test_sizes_are_compared_where_there_is_no_payload(self) -> None:
+        here = {**wire.METADATA, "size": 5}
+
+        assert self.judge(201, ("Inserted", {"metadata": here}), kind="insert") == []
+        assert self.judge(201, ("Inserted", {"metadata": here | {"size": 4}}), kind="insert") != []
+        assert self.judge(204, ("Headed", {"metadata": here | {"size": 6}}), kind="head") != []
+        reference = {"uri": "file:///p", "size": 5, "crc32c": None}
+        assert self.judge(200, got(reference, 5)) == []
+        assert self.judge(200, got(reference | {"size": 7}, 5)) != []
+
+    def test_what_is_not_there_and_what_has_failed_holds_nothing_to_compare(self) -> None:
+        assert self.judge(404, ("Got", {"object": None})) == []
+        assert self.judge(204, ("Deleted", {}), kind="delete") == []
+        assert self.judge(503, failure("backend_unavailable")) == []
+
+
+class TestDeadLetters:
+    """Contract 2.2: each record that deserves one has it, whole, and no other record has."""
+
+    def test_poison_with_its_record_as_it_was_is_right(self) -> None:
+        ledger = Judged()
+        poison = ledger.put("unknown", {400})
+        ledger.respond(poison, 400, failure("decode_error"))
+        ledger.bury(poison, "decode_error")
+        failed = ledger.put("insert", {502})
+        ledger.respond(failed, 502, failure("backend_error"))
+        ledger.bury(failed, "backend_error")
+
+        verdict = ledger.verdict()
+
+        assert (verdict.letters_missing, verdict.letters_repeated, verdict.letters_mismatched) == ([], {}, [])
+
+    @pytest.mark.parametrize(("kind", "code"), [("unknown", "payload_too_large"), ("get", "panic")])
+    def test_a_record_without_one_is_found_by_what_it_is_or_by_its_answer(self, kind: str, code: str) -> None:
+        ledger = Judged()
+        entry = ledger.put(kind, set())
+        ledger.respond(entry, 500, failure(code))
+
+        assert ledger.verdict().letters_missing == [entry.id]
+
+    def test_a_second_one_is_counted(self) -> None:
+        ledger = Judged()
+        entry = ledger.put("unknown", {400})
+        for _ in range(3):
+            ledger.bury(entry, "decode_error")
+
+        assert ledger.verdict().letters_repeated == {entry.id: 2}
+
+    @pytest.mark.parametrize(
+        "changed", [{"key": None}, {"value": b"valu"}, {"value": None}, {"partition": 0}], ids=str
+    )
+    def test_one_that_is_not_its_record_is_found(self, changed: dict[str, Any]) -> None:
+        ledger = Judged()
+        entry = ledger.put("unknown", {400})
+        ledger.respond(entry, 400, failure("decode_error"))
+        ledger.bury(entry, "decode_error", **changed)
+
+        (wrong,) = ledger.verdict().letters_mismatched
+        assert wrong.startswith(f"dead letter of {entry.id}: {next(iter(changed))} is")
+
+    def test_one_without_the_record_s_headers_or_its_time_is_found(self) -> None:
+        ledger = Judged()
+        entry = ledger.put("unknown", {400})
+        ledger.respond(entry, 400, failure("decode_error"))
+        ledger.bury(entry, "decode_error", headers=[("tierstream-dlq-code", b"decode_error")])
+
+        assert [wrong.split()[4] for wrong in ledger.verdict().letters_mismatched] == ["headers", "timestamp"]
+
+    def test_one_that_nobody_deserves_is_found(self) -> None:
+        ledger = Judged()
+        entry = ledger.put("get", {404})
+        ledger.respond(entry, 404, ("Got", {"object": None}))
+        ledger.bury(entry, "decode_error")
+        stranger = ledger.put("unknown", {400})
+        ledger.bury(stranger, "decode_error")
+        del ledger.entries[stranger.id]
+
+        lost, undeserved = ledger.verdict().letters_mismatched
+
+        assert lost == f"{stranger.id}: a dead letter of no record"
+        assert undeserved.endswith("because of decode_error, but it is answered with {None}")
 
 
 PLANS: dict[str, Callable[[int], Plan]] = {

@@ -236,7 +236,8 @@ class Nodes:
 def test_a_node_that_is_away_excuses_silence_only_where_it_is_the_only_one(there: str, back: str, alone: bool) -> None:
     """I10; either way work may be repeated after it (I6)."""
     broker = Nodes(1 if alone else 3)
-    stage: Any = SimpleNamespace(broker=broker, ledger=SimpleNamespace(partition_count=4))
+    config = {"commit": {"interval": "200ms"}}
+    stage: Any = SimpleNamespace(broker=broker, ledger=SimpleNamespace(partition_count=4), config=config)
     fleet = Fleet(stage)
     place = -1 if alone else 2
 
