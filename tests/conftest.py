@@ -28,7 +28,7 @@ ROOT = TESTS.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """A shell starts jobs in the background with SIGINT ignored, and what the tests start would inherit that."""
 
-pytest_plugins = ["brokers", "bigtable_emulator", "gcs_servers"]
+pytest_plugins = ["brokers", "bigtable_emulator", "gcs_servers", "second_try"]
 pytest.register_assert_rewrite("ledger", "service_process", "stages", "wire")
 
 settings.register_profile(

@@ -10,7 +10,7 @@ one waits, another may compute.
 3. What lanes print is shown line by line, behind their number.
 4. Every module that a lane has seen has to have been run to its end by one of them. Where one has not (a lane was
    killed), the run has failed, and no second look at single tests can mend it.
-5. What failed stands in pytest's cache as after a single process, for ``--last-failed``.
+5. What failed stands in pytest's cache as after a single process, for ``--last-failed`` and :mod:`second_try`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,6 @@ import pytest
 
 RINGS = ("e2e", "process", "publisher", "contracts", "properties", "chart", "architecture")
 """Folders, by how long their tests wait; what is in none of them comes last."""
-
-CACHE = Path(".pytest_cache")
-"""Pytest's own folder, in the one the tests are started in."""
-
-LAST_FAILED = Path("v", "cache", "lastfailed")
-"""Where in it pytest keeps what failed."""
 
 AT_THE_END = frozenset({pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED})
 """How a lane exits that has come to its end."""
@@ -100,27 +94,32 @@ def _mark(folder: Path, what: str, module: str) -> bool:
 
 def main(lanes: int, arguments: list[str]) -> int:
     """Run *lanes* of pytest with *arguments*; return 0 where everything was run and passed."""
-    (CACHE / LAST_FAILED).unlink(missing_ok=True)
+    from second_try import CACHE, LAST_FAILED, VOID, noted  # not above: in a lane pytest has to be the first
+
+    for kept in (LAST_FAILED, VOID):
+        (CACHE / kept).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="side-by-side-") as place, ThreadPoolExecutor(lanes) as threads:
         folder = Path(place)
         for what in ("seen", "taken", "ended"):
             (folder / what).mkdir()
         exits = list(threads.map(lambda number: _run_lane(number, folder, arguments), range(1, lanes + 1)))
         seen, ended = ({mark.name for mark in (folder / what).iterdir()} for what in ("seen", "ended"))
-        failed = [name for number in range(1, lanes + 1) for name in _failed(_cache_of(folder, number))]
+        caches = [_cache_of(folder, number) for number in range(1, lanes + 1)]
+        failed, void = ([name for cache in caches for name in noted(cache, kept)] for kept in (LAST_FAILED, VOID))
     _say(f"==> {len(ended)} of {len(seen)} modules run, lanes ended with {exits}, {len(failed)} tests failed")
     if seen != ended or not set(exits) <= AT_THE_END:
         for name in sorted(seen - ended):
             _say(f"==> not run to its end: {name.replace('+', '/')}")
         return 1
-    (CACHE / LAST_FAILED).parent.mkdir(parents=True, exist_ok=True)
-    (CACHE / LAST_FAILED).write_text(json.dumps(dict.fromkeys(failed, True)), encoding="utf-8")
+    for kept, content in ((LAST_FAILED, dict.fromkeys(failed, True)), (VOID, void)):
+        (CACHE / kept).parent.mkdir(parents=True, exist_ok=True)
+        (CACHE / kept).write_text(json.dumps(content), encoding="utf-8")
     return int(any(exits))
 
 
 def _run_lane(number: int, folder: Path, arguments: list[str]) -> int:
     """Run one lane to its end, and pass on what it prints."""
-    from brokers import dies_with_us  # not above: in a lane pytest has to be the first to import it
+    from brokers import dies_with_us  # not above, as before
 
     own = ["-p", "side_by_side", f"--taken={folder}", "-o", f"cache_dir={_cache_of(folder, number)}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *_python_path()])}
@@ -149,12 +148,6 @@ def _python_path() -> list[str]:
 
 def _cache_of(folder: Path, number: int) -> Path:
     return folder / f"cache-{number}"
-
-
-def _failed(cache: Path) -> list[str]:
-    """Return what failed in a lane, as its cache says."""
-    found = cache / LAST_FAILED
-    return list(json.loads(found.read_text(encoding="utf-8"))) if found.exists() else []
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -118,6 +119,68 @@ def test_what_failed_is_what_a_single_process_would_have_kept(tmp_path: Path) ->
     assert "2 tests failed" in done.stdout
     assert last_failed(tmp_path) == {"e2e/test_e1.py::test_it[1]", "unit/test_u1.py::test_it[2]"}
     assert "2 failed" in again.stdout
+
+
+KINDS_OF_FAILURE = """
+import pytest
+from second_try import void_unless
+
+
+@pytest.fixture
+def not_there():
+    raise OSError("no broker")
+
+
+@pytest.fixture
+def left_behind():
+    yield
+    raise AssertionError("something was left behind")
+
+
+def test_void():
+    void_unless(False, "nothing was killed")
+
+
+def test_void_and_worse(left_behind):
+    void_unless(False, "nothing was killed")
+
+
+def test_set_up(not_there):
+    pass
+
+
+def test_skipped():
+    pytest.skip("nothing to see")
+
+
+def test_wrong():
+    assert False
+"""
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+def test_what_was_void_and_nothing_else_is_noted(tmp_path: Path, *, lanes: bool) -> None:
+    """For `.ci/run`, which tries no judge of a run again unless that run was void; an earlier run's notes are gone."""
+    suite(tmp_path, e1="pass")
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["second_try"]', encoding="utf-8")
+    (tmp_path / "unit" / "test_kinds.py").write_text(KINDS_OF_FAILURE, encoding="utf-8")
+    noted = tmp_path / ".pytest_cache" / "v" / "tierstream" / "void"
+    noted.parent.mkdir(parents=True)
+    noted.write_text('["unit/test_before.py::test_it"]', encoding="utf-8")
+
+    if lanes:
+        run(tmp_path)
+    else:
+        command = [sys.executable, "-m", "pytest"]
+        environment = os.environ | {"PYTHONPATH": str(PROGRAM.parent)}
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=SECONDS, check=False)
+
+    kinds = {f"unit/test_kinds.py::test_{name}" for name in ("void", "void_and_worse", "set_up", "wrong")}
+    assert last_failed(tmp_path) == kinds
+    assert sorted(json.loads(noted.read_text(encoding="utf-8"))) == [
+        "unit/test_kinds.py::test_set_up",
+        "unit/test_kinds.py::test_void",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from brokers import RETURNS_QUICKLY, Broker, apache_source, maven_broker
 from fleet import Findings, Fleet, fleet_stage, now_ms, timestamp_ms
 from group_history import read_history
 from load import Questions
+from second_try import void_unless
 from stages import Stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.apache, pytest.mark.timeout(400, func_only=True)]
@@ -70,12 +71,13 @@ def fleet(own_broker: Broker, tmp_path: Path) -> Iterator[MakeFleet]:
             print(f"--- {service.log.name}, exit {service.process.poll()}", *own[-OWN_LINES:], sep="\n")
 
 
-def check(findings: Findings, **happened: int) -> None:
-    """Nothing is wrong, and so many of each really took place."""
-    print(findings.report())
-    assert findings.wrong == []
-    too_few = {name: findings.happened[name] for name in happened if findings.happened[name] < happened[name]}
-    assert not too_few, f"void: too few of {too_few}"
+def check(*fleets: Findings, **happened: int) -> None:
+    """Nothing is wrong, and so many of each really took place in each fleet."""
+    print(*[findings.report() for findings in fleets], sep="\n")
+    assert [findings.wrong for findings in fleets] == [[] for _ in fleets]
+    for found in [findings.happened for findings in fleets]:
+        too_few = {name: found[name] for name in happened if found[name] < happened[name]}
+        void_unless(not too_few, f"too few of {too_few}")
 
 
 @pytest.mark.parametrize(("delivery", "rounds"), [("at-least-once", 20), ("exactly-once", 10)])
@@ -151,9 +153,8 @@ def test_restarts_of_the_broker_are_survived(fleet: MakeFleet) -> None:
         one.settle()
     second.share_outages(first)
 
-    for one in fleets:
-        check(one.judge(), **{"clean stops": 2, "rebalances": 2})
     assert first.happened["broker: stop"] + first.happened["broker: kill"] + first.happened["broker: freeze"] == 5
+    check(*[one.judge() for one in fleets], **{"clean stops": 2, "rebalances": 2})
 
 
 def test_members_frozen_beyond_their_session_commit_nothing_when_they_wake(fleet: MakeFleet) -> None:
@@ -174,7 +175,7 @@ def test_members_frozen_beyond_their_session_commit_nothing_when_they_wake(fleet
 
     for one in fleets:
         one.settle()
-        check(one.judge(), **{"members frozen": 3, "releases: lost": 3, "clean stops": 2})
+    check(*[one.judge() for one in fleets], **{"members frozen": 3, "releases: lost": 3, "clean stops": 2})
 
 
 def freeze_and_thaw(fleets: list[Fleet], frozen: int, awake: int) -> None:

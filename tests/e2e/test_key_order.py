@@ -23,6 +23,7 @@ import pytest
 from brokers import Broker
 from ledger import Entry, Ledger
 from load import PARTITIONS, PUMP_SECONDS
+from second_try import void_unless
 from service_process import ServiceProcess, command_line
 from stages import SetStage
 
@@ -158,5 +159,5 @@ def test_what_was_written_last_stays_through_kills(apache: Broker, set_stage: Se
     assert ahead == []
     entries_in_maps = sum(len(above) for found in maps for _, above in found.values())
     print(f"{len(reads)} objects, {len(ledger.entries)} operations, {ROUNDS} kills, {entries_in_maps} offsets in maps")
-    assert killed_with_work == ROUNDS, "void: the kills hit an idle service"
-    assert entries_in_maps > 0, "void: no kill found work above a gap"
+    void_unless(killed_with_work == ROUNDS, "the kills hit an idle service")
+    void_unless(entries_in_maps > 0, "no kill found work above a gap")

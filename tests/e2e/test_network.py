@@ -17,6 +17,7 @@ import pytest
 from brokers import Broker
 from load import PARTITIONS, Load, check_nothing_is_committed_without_its_response, ends, read_back
 from proxy import END_TXN, OFFSET_COMMIT, PRODUCE, TXN_OFFSET_COMMIT, Proxy
+from second_try import void_unless
 from service_process import ServiceProcess
 from stages import SetStage, Stage
 
@@ -161,7 +162,7 @@ def test_a_slow_output_topic_holds_the_input_back(set_proxied: SetProxied, deliv
     )
     assert (verdict.missing, verdict.duplicated, verdict.mismatched) == ([], {}, []), verdict
     assert rebalances == 0
-    assert proxy.slowed_bytes > slowed, "void: nothing was slow"
-    assert answered < 1_000, "void: the network kept up"
     assert most_charged <= budget + MIB
     assert most_resident - at_rest <= 4 * budget
+    void_unless(proxy.slowed_bytes > slowed, "nothing was slow")
+    void_unless(answered < 1_000, "the network kept up")

@@ -20,6 +20,7 @@ import pytest
 from brokers import Broker
 from fleet import Fleet, Member, fleet_stage, reads
 from sabotage import on_signal, sabotage
+from second_try import void_unless
 from stages import Stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.apache, pytest.mark.timeout(400, func_only=True)]
@@ -156,5 +157,7 @@ def test_members_killed_before_and_after_each_step_lose_and_repeat_nothing_they_
         print(delivery, findings.report(), sep="\n")
         assert findings.wrong == []
         assert findings.happened["kills at a step"] == kills
-        assert findings.happened["kills with work left"] >= kills * 3 // 4
-    assert fleets["at-least-once"].happened["releases: drained"] >= 2, "void: nothing was killed in a revocation"
+    for delivery, fleet in fleets.items():
+        left = fleet.happened["kills with work left"]
+        void_unless(left >= played[delivery].result() * 3 // 4, f"{delivery}: only {left} kills found work left")
+    void_unless(fleets["at-least-once"].happened["releases: drained"] >= 2, "nothing was killed in a revocation")
