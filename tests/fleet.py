@@ -48,6 +48,8 @@ from invariants import (
     commits_gone_back,
     commits_past_unanswered,
     longest_silence,
+    permits_astray,
+    permits_out_of_bounds,
     repeats_below_commit,
     repeats_of,
     unexplained,
@@ -88,7 +90,12 @@ MEMORY_BYTES_MAX = (64 + 256) * 1024 * 1024
 """I11: the byte budget of a fleet's configuration, and 256 MiB for the interpreter, the code and the clients (about
 90 MiB), SQLite's caches (96 MiB at most), and what the runtime keeps of freed memory."""
 
-MEMORY_SAMPLE_SECONDS = 5.0
+SAMPLE_SECONDS = 5.0
+"""How often memory and permits of every member are looked at."""
+
+STATE_SECONDS = 2.0
+"""For a member to tell its state; one that cannot now is looked at another time, so that the plan goes on."""
+
 MEMORY_SAMPLES_MIN = 24
 """A member has a tendency after two minutes; before, it is still warming up."""
 
@@ -131,7 +138,7 @@ class Member:
     doomed: bool = False
     """It will end itself by SIGKILL."""
     memory: list[int] = field(default_factory=list)
-    """Resident bytes, every `MEMORY_SAMPLE_SECONDS`."""
+    """Resident bytes, every `SAMPLE_SECONDS`."""
 
     @property
     def name(self) -> str:
@@ -227,7 +234,7 @@ class Fleet:
         """Since when no member could work; 0 while one can."""
         self._holder: sqlite3.Connection | None = None
         self._memory_peak = 0
-        self._measured_at = 0.0
+        self._sampled_at = 0.0
         self._slowest_stop = 0.0
 
     # ------------------------------------------------------------------------------------------ a plan is played
@@ -291,10 +298,28 @@ class Fleet:
                 self._count_the_able()
         for member in list(self.leaving):
             self._see_off(member)
-        if time.monotonic() >= self._measured_at + MEMORY_SAMPLE_SECONDS:
-            self._measured_at = time.monotonic()
+        if time.monotonic() >= self._sampled_at + SAMPLE_SECONDS:
+            self._sampled_at = time.monotonic()
             for member in self.members.values():
                 member.memory.append(member.service.memory())
+                self._look_at_permits(member)
+
+    def _look_at_permits(self, member: Member) -> dict[str, Any]:
+        """I9: hold what a member says of its permits against itself; return its state, empty where it tells none."""
+        if member.frozen or not has_started(member):
+            return {}
+        status, body = member.service.get("/debug/state", STATE_SECONDS)
+        state: dict[str, Any] = json.loads(body) if status == 200 else {}
+        if state:
+            self.happened["looks at permits"] += 1
+            if wrong := permits_out_of_bounds(state):
+                self.wrong.append(f"I9: {member.name}: {wrong}")
+        return state
+
+    def _permits_are_whole(self) -> bool:
+        """I9: whether every permit of every member that is in use belongs to the window of a partition."""
+        states = [self._look_at_permits(member) for member in self.members.values()]
+        return all(state and permits_astray(state) == 0 for state in states)
 
     def _see_off(self, member: Member) -> None:
         code = member.service.process.poll()
@@ -491,6 +516,8 @@ class Fleet:
         self.feeder.end()
         ledger.flush()
         read_back(self.load, 100)
+        self.until(self._permits_are_whole, "I9: every permit in use to be a window's")
+        self.happened["members with whole permits at the end"] += len(self.members)
         for place in list(self.members):
             self.stop(place)
         wait_until(self._all_seen_off, EXIT_SECONDS + 5, "the last members to end")
@@ -561,6 +588,7 @@ class Fleet:
             for partition in range(ledger.partition_count)
         )
         growth = max((growth_of(member.memory) for member in self._all), default=0)
+        self.happened["members with a tendency of memory"] += sum(map(has_tendency, (one.memory for one in self._all)))
         self.happened["records to be dead-lettered"] += len(to_be_kept)
         self.happened["rebalances"] += len(history.generations)
         self.happened["rebalances with work in flight"] += busy_moments(arrivals, replies, history.generations)
@@ -736,10 +764,15 @@ def places(broker: Broker, topic: str, isolation: str) -> set[tuple[int, int]]:
         reader.close()
 
 
+def has_tendency(samples: list[int]) -> bool:
+    """Whether a member has lived long enough to tell whether it grows."""
+    return len(samples) >= MEMORY_SAMPLES_MIN
+
+
 def growth_of(samples: list[int]) -> int:
     """How much more the last quarter holds than the second one; 0 for a life too short to tell."""
     quarter = len(samples) // 4
-    if len(samples) < MEMORY_SAMPLES_MIN:
+    if not has_tendency(samples):
         return 0
     return int(median(samples[-quarter:]) - median(samples[quarter : 2 * quarter]))
 

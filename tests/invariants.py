@@ -9,6 +9,7 @@ I4     :func:`commits_past_unanswered`: an accepted commit has a response, appen
 I5     :func:`commits_gone_back`, :func:`repeats_below_commit`: no commit goes back, no work below one is done again
 I6     :func:`repeats_of`, :func:`unexplained`: a surplus response is to what had just been answered, and was not
        committed, when a fault happened; or was in flight then, of which there is one window of its partition
+I9     :func:`permits_out_of_bounds`, :func:`permits_astray`: none too many, none below zero; at rest each is a window's
 I10    :func:`longest_silence`: how long nothing came out while there was something to answer
 =====  ==============================================================================================================
 """
@@ -17,10 +18,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
+from typing import Any
 
 from group_history import Commit
 
@@ -187,6 +189,30 @@ def beyond_windows(repeats: Iterable[Repeat], faults: Iterable[Fault], window: i
         else:
             wrong.append(repeat)
     return wrong
+
+
+def permits_out_of_bounds(state: Mapping[str, Any]) -> str | None:
+    """I9: what is wrong with the permits of a member that says *state* of itself (``/debug/state``), at any moment."""
+    limit, in_use, available = (state["limiter"][name] for name in ("limit", "in_use", "available"))
+    windows = _windows(state)
+    if not 0 <= in_use <= limit or available != limit - in_use:
+        return f"{in_use} of {limit} permits in use, {available} available"
+    # A drained window is listed until all of them are, and its permits are back already.
+    held = sum(windows) if state["state"] == "running" else 0
+    if min(windows, default=0) < 0 or held > in_use:
+        return f"windows of {windows} with {in_use} permits in use"
+    crowded = [one for one in state["partitions"] if not 0 <= one["in_flight"] <= (one["window"] or 0)]
+    return f"more in flight than their windows: {crowded}" if crowded else None
+
+
+def permits_astray(state: Mapping[str, Any]) -> int:
+    """I9: how many permits of a member are in use and no window's: none where nothing ends or begins."""
+    in_use: int = state["limiter"]["in_use"]
+    return in_use - sum(_windows(state))
+
+
+def _windows(state: Mapping[str, Any]) -> list[int]:
+    return [one["window"] or 0 for one in state["partitions"]]
 
 
 class _Reached:

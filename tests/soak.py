@@ -76,8 +76,17 @@ MUST_HAPPEN = {
         "rebalances with work in flight",
         "responses hidden in aborted transactions",
         "tombstones in storage",
+        "records to be dead-lettered",
+        "members with whole permits at the end",
     ),
-    "storm": ("rebalances with work in flight", "kills with work left", "clean stops", "stops with work left"),
+    "storm": (
+        "rebalances with work in flight",
+        "kills with work left",
+        "clean stops",
+        "stops with work left",
+        "records to be dead-lettered",
+        "members with whole permits at the end",
+    ),
     "mixed": (
         "rebalances with work in flight",
         "kills with work left",
@@ -91,6 +100,8 @@ MUST_HAPPEN = {
         "storage held",
         "storage found unavailable",
         "transactions given up",
+        "members with a tendency of memory",
+        "members with whole permits at the end",
     ),
     "leaders": (
         "broker: stop",
@@ -101,6 +112,8 @@ MUST_HAPPEN = {
         "group coordinators moved",
         "transaction coordinators moved",
         "clean stops",
+        "members with a tendency of memory",
+        "members with whole permits at the end",
     ),
 }
 """What a part is about: without it, it has shown nothing."""

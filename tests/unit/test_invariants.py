@@ -13,6 +13,7 @@ import chaos_plan
 import wire
 from brokers import Broker
 from chaos_plan import Action, Plan
+from fleet import MEMORY_SAMPLES_MIN, growth_of, has_tendency
 from group_history import Commit, GroupHistory, parse
 from invariants import (
     Arrival,
@@ -26,6 +27,8 @@ from invariants import (
     commits_gone_back,
     commits_past_unanswered,
     longest_silence,
+    permits_astray,
+    permits_out_of_bounds,
     repeats_below_commit,
     repeats_of,
     unexplained,
@@ -228,6 +231,61 @@ class TestHistory:
     def test_a_version_nobody_knows_is_no_commit_of_something_else(self) -> None:
         with pytest.raises(ValueError, match="version 5"):
             parse([self.record(self.KEY, b"\x00\x05" + self.PLAIN[2:])], "group", "topic")
+
+
+class TestPermits:
+    """I9, by what a member says."""
+
+    @staticmethod
+    def state(in_use: int, *windows: int | None, in_flight: int = 0, available: int | None = None) -> dict[str, Any]:
+        left = 100 - in_use if available is None else available
+        partitions = [{"window": window, "in_flight": in_flight} for window in windows]
+        limiter = {"limit": 100, "in_use": in_use, "available": left}
+        return {"state": "running", "limiter": limiter, "partitions": partitions}
+
+    @pytest.mark.parametrize("state", [state(0), state(100, 50, 50), state(60, 50, None, 0), state(50, 50)], ids=str)
+    def test_as_many_as_there_are_is_right_also_while_a_window_that_is_listed_no_more_ends(
+        self, state: dict[str, Any]
+    ) -> None:
+        assert permits_out_of_bounds(state) is None
+
+    def test_only_at_work_each_window_has_its_permits_as_a_drained_one_is_listed_until_all_are(self) -> None:
+        assert permits_out_of_bounds(self.state(50, 50, 50) | {"state": "rebalancing"}) is None
+
+    @pytest.mark.parametrize(
+        "state",
+        [
+            state(-1),
+            state(101, available=-1),
+            state(50, 50, available=51),
+            state(50, 50, 50),
+            state(50, -1),
+            state(50, 50, in_flight=51),
+            state(50, None, in_flight=1),
+        ],
+        ids=str,
+    )
+    def test_too_many_and_too_few_are_found(self, state: dict[str, Any]) -> None:
+        assert permits_out_of_bounds(state) is not None
+
+    def test_what_is_in_use_and_nobody_s_window_is_astray(self) -> None:
+        assert permits_astray(self.state(60, 50, None, 10)) == 0
+        assert permits_astray(self.state(61, 50, None, 10)) == 1
+        assert permits_astray(self.state(1)) == 1
+
+
+class TestTendency:
+    """I11: only of a member that has lived long enough, and how many have is told."""
+
+    def test_a_short_life_has_none_whatever_it_has_grown_by(self) -> None:
+        short = [number * 10**9 for number in range(MEMORY_SAMPLES_MIN - 1)]
+
+        assert (has_tendency(short), growth_of(short)) == (False, 0)
+
+    def test_a_long_one_has_grown_by_the_difference_of_its_last_quarter_to_its_second(self) -> None:
+        grown = [0] * 6 + [100] * 6 + [500] * 6 + [170] * 6
+
+        assert (has_tendency(grown), growth_of(grown)) == (True, 70)
 
 
 class Judged(Ledger):
