@@ -59,6 +59,7 @@ from ledger import Answer, Reader
 from load import CANARY, Load, ends, read_back
 from service_process import ServiceProcess, command_line
 from stages import Stage, set_up
+from storage_scan import Scan, scan
 
 SECRET = "secret-71d0be"
 """A password in the configuration of every fleet; never in a log (I13)."""
@@ -752,7 +753,16 @@ class Fleet:
             wait_until(recovered, 20, "recovery", every=1)
         if last.get("changes", 1) or last["orphans"] or last["dangling"]:
             yield f"I8: left in storage: {last}"
-        self.happened["tombstones in storage"] += int(last.get("tombstones", 0))
+        found = self._scan_of_storage()
+        self.happened["tombstones in storage"] += found.redirects
+        yield from (f"I8: {text}" for text in found.wrong[:20])
+        if found.redirects != last.get("tombstones"):
+            yield f"I8: {found.redirects} redirects in the table, {last.get('tombstones')} counted by `storage verify`"
+
+    def _scan_of_storage(self) -> Scan:
+        """Look at the tiers' files, as recovery has left them."""
+        storage = self.stage.config["storage"]
+        return scan(storage["high_volume"]["path"], storage["long_term"]["path"])
 
 
 def places(broker: Broker, topic: str, isolation: str) -> set[tuple[int, int]]:
