@@ -84,7 +84,7 @@ def check(*fleets: Findings, **happened: int) -> None:
 def test_hard_kills_under_load_lose_nothing_and_repeat_only_what_was_not_committed(
     fleet: MakeFleet, delivery: str, rounds: int
 ) -> None:
-    """I1-I8, I10, contract 3: 30 times SIGKILL at random moments, those of a start too; 31,000 records at least.
+    """I1-I10, contract 3: 30 times SIGKILL at random moments, those of a start too; 31,000 records at least.
 
     `tierstream verify` is asked too, and has to find what the ledger has found.
     """
@@ -124,7 +124,7 @@ def test_clean_stops_under_load_repeat_nothing_at_all(fleet: MakeFleet, delivery
 
 
 def test_a_storm_of_rebalances_loses_nothing_and_stands_still_nowhere(fleet: MakeFleet) -> None:
-    """I1, I4-I6, I10, I12: 60 s of one to five members over 12 partitions, that join, leave and are killed."""
+    """I1, I4-I6, I9, I10, I12: 60 s of one to five members over 12 partitions, that join, leave and are killed."""
     under_test = fleet("at-least-once", partitions=12)
     under_test.play(chaos_plan.storm(SEED, 60))
     under_test.settle()

@@ -142,7 +142,7 @@ def fell(fleet: Fleet, member: Member) -> bool:
 def test_members_killed_before_and_after_each_step_lose_and_repeat_nothing_they_may_not(
     apache: Broker, stages: list[Stage], tmp_path: Path
 ) -> None:
-    """I1-I8, I11-I13, contract 3: each step twice, of both kinds of delivery, side by side."""
+    """I1-I9, I11-I13, contract 3: each step twice, of both kinds of delivery, side by side."""
     fleets = {}
     for delivery in STEPS:
         folder = tmp_path / delivery
@@ -160,4 +160,6 @@ def test_members_killed_before_and_after_each_step_lose_and_repeat_nothing_they_
     for delivery, fleet in fleets.items():
         left = fleet.happened["kills with work left"]
         void_unless(left >= played[delivery].result() * 3 // 4, f"{delivery}: only {left} kills found work left")
+        poison = fleet.happened["records to be dead-lettered"]
+        void_unless(poison >= played[delivery].result(), f"{delivery}: only {poison} records to be dead-lettered")
     void_unless(fleets["at-least-once"].happened["releases: drained"] >= 2, "nothing was killed in a revocation")
