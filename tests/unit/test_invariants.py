@@ -34,6 +34,7 @@ from invariants import (
     unexplained,
 )
 from ledger import Answer, Content, Entry, Headers, Ledger, Reader
+from load import Load, payload_of, read_back
 
 ARRIVALS = [Arrival(0, offset, 100) for offset in range(4)]
 REPLIES = [Reply(0, 0, 110), Reply(0, 2, 120), Reply(0, 1, 130), Reply(0, 3, 140)]
@@ -369,6 +370,36 @@ class TestResponses:
         assert self.judge(404, ("Got", {"object": None})) == []
         assert self.judge(204, ("Deleted", {}), kind="delete") == []
         assert self.judge(503, failure("backend_unavailable")) == []
+
+
+class Storage(Judged):
+    """Answers each get: with what the object holds, or with what another one does, the same in all."""
+
+    def __init__(self, *, mixed_up: bool) -> None:
+        super().__init__()
+        self._mixed_up = mixed_up
+
+    def operate(self, kind: str, object_key: str | None = None, payload: Any = b"", **asked: Any) -> list[Entry]:
+        assert (kind, payload, object_key is None) == ("get", b"", False)
+        return [self.put(kind, asked["statuses"], object_key=object_key, content=Content.of(asked["holds"]))]
+
+    def flush(self, seconds: float = 60) -> None:
+        entries = list(self.entries.values())
+        held = [payload_of(str(entry.object_key)) for entry in entries]
+        for entry, payload in zip(entries, held[::-1] if self._mixed_up else held, strict=True):
+            self.respond(entry, 200, got(payload, len(payload)), entry.object_key)
+
+
+def test_objects_that_hold_each_other_s_payloads_are_not_read_back() -> None:
+    """I7: though all payloads are there, and each once."""
+    for mixed_up in (False, True):
+        load = Load(Storage(mixed_up=mixed_up))
+        load.kept = [(1, f"object/{number}") for number in range(10)]
+        if mixed_up:
+            with pytest.raises(AssertionError, match="payload is Content"):
+                read_back(load, 10)
+        else:
+            read_back(load, 10)
 
 
 class TestDeadLetters:
