@@ -11,6 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from consumer.ids import ObjectContext, ObjectId, Scope
+from consumer.operations import Metadata
+from consumer.storage.filesystem import FilesystemBackend
+from consumer.storage.sqlite import SqliteBackend
+from consumer.storage.sqlite_change_log import SqliteChangeLog
+from consumer.storage.tiered import TieredStorage
 from storage_scan import Scan, scan
 
 HOUR = 3_600_000_000
@@ -108,3 +114,25 @@ def test_what_recovery_may_not_leave_is_found(tiers: Tiers, name: str) -> None:
 
     (wrong,) = tiers.scan().wrong
     assert wrong.startswith(text)
+
+
+@pytest.mark.parametrize("retention", [None, 3600.0])
+async def test_what_the_tiers_have_really_written_is_read(tmp_path: Path, retention: float | None) -> None:
+    """Large objects that were inserted, replaced and deleted; with a retention, the change log keeps what is gone."""
+    database, folder = tmp_path / "objects.sqlite", tmp_path / "objects"
+    tiers = SqliteBackend(database), FilesystemBackend(folder), SqliteChangeLog(database)
+    storage = TieredStorage(*tiers, threshold=10, handout_seconds=retention)
+    objects = [ObjectId(ObjectContext("u", [Scope("org", "1")]), f"k{number}") for number in range(4)]
+    for one in [*objects, *objects[:2]]:
+        await storage.put(one, Metadata(), b"longer than ten bytes")
+    await storage.put(objects[2], Metadata(), b"short")
+    await storage.delete(objects[3])
+    await storage.join()
+    await storage.close()
+
+    assert scan(database, folder) == Scan(2, [])
+    kept = sum(path.suffix == ".payload" for path in folder.rglob("*")) - 2
+    assert kept == (0 if retention is None else 4)
+    with closing(sqlite3.connect(database)) as tables, tables:
+        tables.execute("DELETE FROM change_log_entries")
+    assert len(scan(database, folder).wrong) == kept, "what nobody keeps is an orphan"
