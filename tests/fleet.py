@@ -226,6 +226,8 @@ class Fleet:
         self.feeder = Feeder(self.load, rate)
         self.leadership: Leadership | None = None
         """Who leads what in a cluster; where nobody watches that, no plan may be about it."""
+        self.beside: list[Fleet] = []
+        """Fleets that are looked after while this one's plan is played, as it is done to them, too."""
         self._began = time.monotonic()
         self._outages: list[Interval] = []
         self._no_commits: list[Interval] = []
@@ -304,6 +306,8 @@ class Fleet:
             for member in self.members.values():
                 member.memory.append(member.service.memory())
                 self._look_at_permits(member)
+        for other in self.beside:
+            other.look_after()
 
     def _look_at_permits(self, member: Member) -> dict[str, Any]:
         """I9: hold what a member says of its permits against itself; return its state, empty where it tells none."""

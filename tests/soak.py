@@ -213,6 +213,7 @@ def play(part: Part, number: int, seed: int, broker: Broker, folder: Path) -> No
 def played(plan: Plan, fleets: list[Fleet], leadership: Leadership | None, *, survivor: bool) -> list[Findings]:
     """Do *plan* to the first of *fleets*, beside which the others work; return what each of them has shown."""
     first, *others = fleets
+    first.beside = others
     if survivor:
         first.start(SURVIVOR)
     for other in others:

@@ -153,6 +153,7 @@ def test_restarts_of_the_broker_are_survived(fleet: MakeFleet) -> None:
     second.start(0)
     second.start(1)
     second.feed()
+    first.beside = [second]
     first.play(chaos_plan.brokers(SEED))
     for one in fleets:
         one.settle()

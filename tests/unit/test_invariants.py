@@ -13,7 +13,7 @@ import chaos_plan
 import wire
 from brokers import Broker
 from chaos_plan import Action, Plan
-from fleet import MEMORY_SAMPLES_MIN, growth_of, has_tendency
+from fleet import MEMORY_SAMPLES_MIN, Fleet, Member, growth_of, has_tendency
 from group_history import Commit, GroupHistory, parse
 from invariants import (
     Arrival,
@@ -287,6 +287,25 @@ class TestTendency:
         grown = [0] * 6 + [100] * 6 + [500] * 6 + [170] * 6
 
         assert (has_tendency(grown), growth_of(grown)) == (True, 70)
+
+
+def test_a_member_of_a_fleet_beside_is_missed_and_measured_too_while_the_plan_of_another_is_played() -> None:
+    """I11, I12: what is done to a broker is done to all of them."""
+    stage: Any = SimpleNamespace(ledger=SimpleNamespace(partition_count=4))
+    first, second = Fleet(stage), Fleet(stage)
+    first.beside = [second]
+
+    def member(place: int, code: int | None) -> Member:
+        process = SimpleNamespace(poll=lambda: code)
+        log = SimpleNamespace(read_text=lambda **_: "")
+        service: Any = SimpleNamespace(process=process, log=log, obituary=lambda: "it fell", memory=lambda: 7)
+        return Member(place, service, f"m{place}")
+
+    second.members = {0: member(0, 3), 1: member(1, None)}
+    first.look_after()
+
+    assert second.wrong == ["I12: member 0 (m0) ended unasked: it fell"]
+    assert second.members[1].memory == [7]
 
 
 class Judged(Ledger):
