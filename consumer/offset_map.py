@@ -26,6 +26,10 @@ unfinished one. So there are at most ``SPAN_MAX`` bits, and the longer form is n
 
 **Reading** never raises. A text that is not to be believed gives a map without effect and the reason: then the records
 above the commit run again, which repeats responses and loses nothing; believing a wrong one would lose records.
+
+One wrong one is believed: where the end of the log was lost (unclean leader election) and the log has grown past what
+the map speaks of before it is read, other records stand at some of its offsets, and are skipped. Only leader epochs
+would tell, which neither the text nor the client has. Where the log is still shorter, the map is ``beyond_log_end``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import chain
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -87,22 +87,43 @@ class PartitionThroughManyOwners(RuleBasedStateMachine):
     """A log with holes, owners that come and go, answers in any order, commits at any time, truncation at both ends.
 
     The model keeps every record that exists, how often each was answered, and what the last commit knew.
+
+    The end of a log is cut where a replica becomes leader that had not caught up (unclean leader election). Other
+    records then come to stand where the lost ones stood. That shows as long as the log is shorter than what an owner
+    has read, or than what a map speaks of: a position that is out of range, a map that is not believed. Where the log
+    has grown past that before anybody looked, nothing shows: offsets, which is all that commits, maps and fetches of
+    the client speak of, say the same of either log. Records that came to stand where somebody counts another one as
+    finished are *mistaken*: they may go unanswered, and no others.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.log: list[int] = []
+        self.records: dict[int, int] = {}
+        """Which record stands at an offset: no two have the same number, also at the same offset."""
+        self.written = 0
         self.end = 0
         self.begin = 0
         self.answers: Counter[int] = Counter()
+        """By record."""
+        self.mistaken: set[int] = set()
+        """Records."""
         self.committed = 0
         self.text = ""
         self.answered_at_commit: set[int] = set()
-        self.tracker = OffsetTracker(0)
+        self._begin_at(OffsetTracker(0), set())
+
+    def _begin_at(self, tracker: OffsetTracker, known: set[int]) -> None:
+        """Another owner, or one that has heard of another log, begins."""
+        self.tracker = tracker
         self.running: list[int] = []
-        self.delivered: set[int] = set()
-        self.known: set[int] = set()
+        self.delivered: dict[int, int] = {}
+        """Records by offset, as this owner got them."""
+        self.known = known
         """Finished, as far as this owner knows."""
+        self.not_again = set(known)
+        """What is committed as finished, as far as this owner believes it."""
+        self.began_anew = False
 
     # ------------------------------------------------------------------------------------------ the log
 
@@ -110,7 +131,16 @@ class PartitionThroughManyOwners(RuleBasedStateMachine):
     def produce(self, gaps: list[int], marker: bool) -> None:
         """Put records at the end, each after so many offsets that hold none; maybe a marker after the last."""
         for gap in gaps:
-            self.log.append(self.end + gap)
+            offset = self.end + gap
+            self.log.append(offset)
+            self.records[offset] = self.written
+            if (
+                offset < max(self.tracker.position, self.committed)
+                or offset in self.known
+                or offset in self.answered_at_commit
+            ):
+                self.mistaken.add(self.written)
+            self.written += 1
             self.end += gap + 1
         self.end += marker
 
@@ -130,22 +160,54 @@ class PartitionThroughManyOwners(RuleBasedStateMachine):
         if self.tracker.position < self.begin and not self.tracker.unfinished:
             self.tracker.advance(self.begin)
 
+    @precondition(lambda self: self.log)
+    @rule(data=st.data())
+    def cut_the_end(self, data: st.DataObject) -> None:
+        """Take the last records away, with all that was said of them; nobody is told."""
+        self._cut(data.draw(st.sampled_from(self.log)))
+
+    @precondition(lambda self: self.text)
+    @rule(data=st.data(), grown=st.booleans(), earliest=st.booleans())
+    def cut_the_end_where_the_map_speaks_of_it_and_crash(
+        self, data: st.DataObject, grown: bool, earliest: bool
+    ) -> None:
+        """Up to any offset of the map, or behind all of them; then the log may grow past it again, or half the way."""
+        mapped = sorted(offset for offset in self.answered_at_commit if self.committed <= offset < self.end)
+        if mapped:
+            self._cut(max(self.begin, data.draw(st.sampled_from([*mapped, mapped[-1] + 1]))))
+        if grown:
+            self.produce([data.draw(GAPS)], marker=False)
+        self.crash(earliest=earliest)
+
+    def _cut(self, end: int) -> None:
+        self.end = end
+        self.log = [offset for offset in self.log if offset < end]
+
     # ------------------------------------------------------------------------------------------ the owner
 
-    @rule(count=st.integers(min_value=1, max_value=30))
-    def deliver(self, count: int) -> None:
+    @rule(count=st.integers(min_value=1, max_value=30), earliest=st.booleans())
+    def deliver(self, count: int, earliest: bool) -> None:
         """Track the next records, as far as the distance allows; run what is not finished."""
         tracker = self.tracker
+        if tracker.position > self.end:
+            self._find_another_log(earliest)
+            return
         ahead = [offset for offset in self.log if offset >= tracker.position][:count]
         if ahead and not tracker.unfinished:
             tracker.advance(ahead[0])
         ceiling = tracker.watermark + DISTANCE_MAX
         offsets = [offset for offset in ahead if offset < ceiling]
         fresh = tracker.track(offsets)
-        self.delivered.update(offsets)
+        self.delivered.update({offset: self.records[offset] for offset in offsets})
         assert list(fresh) == [offset for offset in offsets if offset not in self.known]
-        assert not self.answered_at_commit.intersection(fresh), "a mapped record ran again"
+        assert not self.not_again.intersection(fresh), "a mapped record ran again"
         self.running.extend(fresh)
+
+    def _find_another_log(self, earliest: bool) -> None:
+        """The position is out of range: what runs is finished first, then the owner begins as it is told to."""
+        if not self.running:
+            self._begin_at(OffsetTracker(self.begin if earliest else self.end), set())
+            self.began_anew = True
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -155,40 +217,52 @@ class PartitionThroughManyOwners(RuleBasedStateMachine):
         self._finish(finished)
 
     @precondition(lambda self: len(self.running) > 1)
-    @rule()
-    def answer_all_but_the_first(self) -> None:
-        """One record is stuck."""
+    @rule(committed=st.booleans())
+    def answer_all_but_the_first(self, committed: bool) -> None:
+        """One record is stuck; a commit may follow."""
         self._finish(self.running[1:])
+        if committed:
+            self.commit()
 
     def _finish(self, offsets: list[int]) -> None:
         self.tracker.resolve(offsets)
-        self.answers.update(offsets)
+        self.answers.update(self.delivered[offset] for offset in offsets)
         self.known.update(offsets)
         self.running = [offset for offset in self.running if offset not in set(offsets)]
 
     @rule()
     def commit(self) -> None:
-        """Commit the watermark with the map."""
+        """Commit the watermark with the map; it goes back only where the owner has found another log."""
         before = self.committed
         self.committed = self.tracker.watermark
         self.text = encode(self.committed, self.tracker.finished_runs(), CLUSTER)
         self.answered_at_commit = {offset for offset in self.known if offset < self.committed or self._in_map(offset)}
-        assert self.committed >= before
+        self.not_again = set(self.answered_at_commit)
+        assert self.committed >= before or self.began_anew
+        self.began_anew = False
         assert len(self.text) <= CHARACTERS_MAX
 
     def _in_map(self, offset: int) -> bool:
         """Whether the owner may still say that *offset* is finished: it met it, or has not come so far."""
         return offset in self.delivered or offset >= self.tracker.position
 
-    @rule()
-    def crash(self) -> None:
-        """Forget everything but the commit; another owner begins there, as the service does."""
+    @rule(earliest=st.booleans())
+    def crash(self, earliest: bool) -> None:
+        """Forget everything but the commit; another owner begins there, as the service does.
+
+        The map is believed where all it speaks of is in the log, or was; where that ends before, nothing of it is.
+        """
         found = decode(self.text, committed_offset=self.committed, cluster_id=CLUSTER, end=self.end)
-        assert found.valid == bool(self.text)
-        self.tracker = OffsetTracker(self.committed, found.finished)
-        self.running = []
-        self.delivered = set()
-        self.known = {offset for offset in self.answered_at_commit if offset >= self.committed}
+        mapped = {offset for offset in self.answered_at_commit if offset >= self.committed}
+        assert found.valid == (bool(mapped) and max(mapped) < self.end)
+        assert found.reason == (None if found.valid else "beyond_log_end" if mapped else "absent")
+        if self.committed > self.end:
+            self._begin_at(OffsetTracker(self.begin if earliest else self.end), set())
+            self.began_anew = True
+            return
+        self._begin_at(
+            OffsetTracker(self.committed, found.finished if found.valid else ()), mapped if found.valid else set()
+        )
         if self.committed < self.begin:
             self.tracker.advance(self.begin)
 
@@ -196,8 +270,9 @@ class PartitionThroughManyOwners(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_committed_past_unanswered_records(self) -> None:
-        """Contract 3: every record that exists below the commit was answered."""
-        assert [offset for offset in self.log if offset < self.committed and not self.answers[offset]] == []
+        """Contract 3: every record that exists below the commit was answered, but for those taken for another."""
+        below = [self.records[offset] for offset in self.log if offset < self.committed]
+        assert [record for record in below if not self.answers[record] and record not in self.mistaken] == []
 
     @invariant()
     def the_runs_are_what_was_finished(self) -> None:
@@ -215,3 +290,5 @@ class PartitionThroughManyOwners(RuleBasedStateMachine):
 
 
 TestPartitionThroughManyOwners = PartitionThroughManyOwners.TestCase
+TestPartitionThroughManyOwners.settings = settings(max_examples=500)
+"""As many as it takes to cut a log exactly where a map ends, again and again."""
