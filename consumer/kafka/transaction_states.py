@@ -21,7 +21,8 @@ TRANSACTIONAL_ID_NOT_FOUND: Final = 105
 
 _COMMIT: Final = frozenset({"PrepareCommit", "CompleteCommit"})
 _ABORT: Final = frozenset({"PrepareAbort", "CompleteAbort", "PrepareEpochFence"})
-_UNDER_WAY: Final = frozenset({"Ongoing", "PrepareCommit", "PrepareAbort", "PrepareEpochFence"})
+_MARKING: Final = frozenset({"PrepareCommit", "PrepareAbort"})
+_UNDER_WAY: Final = _MARKING | {"Ongoing", "PrepareEpochFence"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class TransactionState:
     def complete(self) -> bool:
         """Whether its markers are written, as far as the coordinator is going to."""
         return self.name not in _UNDER_WAY
+
+    @property
+    def marking(self) -> bool:
+        """Whether it is decided, and its markers are being written."""
+        return self.name in _MARKING
 
 
 class _DescribeTransactionsResponse(Response):

@@ -30,11 +30,21 @@ on all partitions it will write to, and the marker ends whatever is open there. 
    fenced the old one. If so, the sweep commits what may be left of it: step 3, else step 2 again with the same records.
    Where a broker takes no map, a transaction above a gap may leave both as they were: then they tell nothing, and its
    records are written again rather than lost.
-6. A transaction that is aborted takes along what a broker has forgotten of the one committed before it. So what was
-   committed last in each output partition is kept, and where it begins: if the oldest open transaction there begins
-   there too, it is forgotten, and is written again together with the present one. Offset and map need no such care:
-   they tell all that went before. Where nobody can tell any more, and offset and map are not those of the last commit,
-   the process ends, and its successor runs again what that commit carried.
+6. An abort takes along what a broker has forgotten of the commit before it. So what was committed *last* in each output
+   partition is kept, and where it begins. If the oldest open transaction of the partition begins there too, that commit
+   is *forgotten* there. The process looks before anything can be aborted: before the sweep that follows a slow commit,
+   and before a new producer starts. And once more when that has started and its sweep is going to commit, as from then
+   on nothing but the sweep ends anything. What was forgotten and is not open any more has ended by a commit, and is
+   seen, if that is what the coordinator has decided; else by an abort, and has to be written *again*. What is still
+   open ends as the sweep does: one that aborts has it written again, one that commits completes it.
+7. What has to be written again is part of the next transaction. Where the present one has taken effect by then, one
+   follows for it alone, and only after that the owners hear that their records are acknowledged: who drains the
+   partition waits for both. Until then it is in memory alone: a process that is killed, or loses the partition, between
+   the abort and this commit, loses it. Offset and map need no such care: they tell all that went before.
+8. Sometimes nobody can tell what is forgotten: the coordinator has aborted a transaction by itself before the process
+   has looked, or an older transaction of somebody else hides it. If offset and map are not those of the last commit,
+   the process ends, and its successor runs again what that commit carried. If they are, an error in the log names the
+   offsets of which responses may be missing.
 
 A record that is refused for its size alone is handed back to its owner and replaced in its place, in its transaction.
 An offset map that is refused for its size is left out, then and from then on (contract 3).
@@ -45,7 +55,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -73,7 +83,8 @@ from consumer.kafka.publisher import (
     discard,
     nobody_waits_for_its_transaction,
 )
-from consumer.kafka.topics import LATEST, Cluster, ClusterRefusal, ClusterUnavailable
+from consumer.kafka.topics import LATEST, Cluster, ClusterRefusal, ClusterUnavailable, Partition
+from consumer.kafka.transaction_states import TransactionState
 from consumer.log import get_logger
 from consumer.offset_map import SizeLimit
 from consumer.responses import Header
@@ -303,10 +314,14 @@ class TransactionWriter:
         self._decided: bool | None = None
         """Whether the last transaction before it was committed; None while that is not known, or not decided."""
         self._commit = _Commit.NOT_ASKED
+        self._written: dict[TopicPartition, _Written] = {}
+        """What the transaction under way has written."""
         self._last: dict[TopicPartition, _Written] = {}
         """What was committed last; markers of a transaction go to where it was written to, and complete that alone."""
+        self._forgotten: dict[TopicPartition, _Written] = {}
+        """What of it was still open when that was looked at last: the next marker there will end it."""
         self._again: list[_Item] = []
-        """What a broker has forgotten of it: part of the next transaction, though long acknowledged."""
+        """What was forgotten, and then aborted."""
         self._last_is_told = False
         """Whether it is known, since the transaction under way has failed, what a broker has forgotten."""
         self._hidden_until = 0.0
@@ -343,7 +358,7 @@ class TransactionWriter:
         """
         while self._producer is None:
             try:
-                self._producer, _ = await self._started()
+                self._producer = await self._started()
             except _FAILURES as error:
                 self._failures += 1
                 log.warning("transactional producer cannot start", **self._where(), error=repr(error))
@@ -375,6 +390,8 @@ class TransactionWriter:
             except Lost:
                 log.warning("partition lost: no longer a member of the group", **self._where(), dropped=len(items))
                 self._source.lose()
+                await self._throw_away()
+                self._failures = 0  # nothing is held up by the output any more
                 return
 
     async def _gather(self) -> None:
@@ -402,26 +419,24 @@ class TransactionWriter:
         return items
 
     async def _deliver(self, source: Source, items: list[_Item]) -> None:
-        """Write *items* and the offset that goes with them, until they are committed.
+        """Write *items* and the offset that goes with them, until they are committed, with all that was forgotten.
 
         Raises:
-            Lost: the partition belongs to somebody else; nothing of this was committed.
+            Lost: the partition belongs to somebody else; nothing is acknowledged.
         """
-        self._last_is_told = False
+        left = items
         while True:
-            offset, offset_map = source.settle([item.token for item in items])
+            offset, offset_map = source.settle([item.token for item in left])
             metadata = self._map_size.fitting(offset_map)
             began = time.monotonic()
             try:
                 with its_assertions_are_failures():
-                    written = await self._transact([*self._again, *items], offset, metadata)
-                self._again.clear()
-                self._last |= written
+                    await self._transact([*self._again, *left], offset, metadata)
                 if time.monotonic() - began >= SLOW_COMMIT_SECONDS:
                     await self._sweep_again()
             except _Refused as error:
                 await self._replace(error)
-                self._hand_back(items, error.item)
+                self._hand_back(left, error.item)
                 continue
             except _MapRefused as error:
                 if self._map_size.refused(len(metadata)):
@@ -429,21 +444,20 @@ class TransactionWriter:
                 await self._replace(error)
                 continue
             except _FAILURES as error:
-                answered = self._commit is _Commit.ANSWERED
-                if not await self._replace(error, partial(self._took_effect, source, offset, metadata)):
+                await self._replace(error, partial(self._took_effect, source, offset, metadata))
+                if self._commit is not _Commit.ANSWERED:
                     continue
-                if not answered:
-                    self._again.clear()  # part of what took effect; else it is what has been found forgotten since
-            break
+            self._last_is_told = False
+            source.transaction_committed(offset, metadata, map_left_out=metadata != offset_map)
+            if not self._again:
+                break
+            left = []
         self._failures = 0
-        if self._again:
-            self.commit_offset()  # with the next transaction, which there may be no response for
-        source.transaction_committed(offset, metadata, map_left_out=metadata != offset_map)
         for owner, group in groupby(items, attrgetter("owner")):
             owner.acknowledged([item.token for item in group])
 
-    async def _transact(self, items: list[_Item], offset: int, metadata: str) -> dict[TopicPartition, _Written]:
-        """Run one transaction; return what was written where.
+    async def _transact(self, items: list[_Item], offset: int, metadata: str) -> None:
+        """Run one transaction.
 
         Raises:
             _Refused: a record is too large for the broker; nothing was committed.
@@ -474,10 +488,17 @@ class TransactionWriter:
                 if metadata and refusal:
                     raise _MapRefused(repr(error.__cause__)) from error
                 raise
+            places = zip(by_target.items(), first, strict=True)
+            self._written = {target: _Written(group, at) for (target, group), at in places}
             self._commit = _Commit.ASKED
             await producer.commit_transaction()
-            self._commit = _Commit.ANSWERED
-        return {target: _Written(by_target[target], at) for target, at in zip(by_target, first, strict=True)}
+        self._took()
+
+    def _took(self) -> None:
+        """Take note that the transaction under way is committed."""
+        self._commit = _Commit.ANSWERED
+        self._again.clear()
+        self._last |= self._written
 
     @staticmethod
     async def _send(producer: AIOKafkaProducer, target: TopicPartition, items: list[_Item]) -> int:
@@ -518,11 +539,12 @@ class TransactionWriter:
 
     # ------------------------------------------------------------------------------------------ after a failure
 
-    async def _replace(self, error: BaseException, took_effect: Callable[[], Awaitable[bool]] | None = None) -> bool:
+    async def _replace(self, error: BaseException, took_effect: Callable[[], Awaitable[bool]] | None = None) -> None:
         """Throw the producer away and start another, if the partition is still ours.
 
-        Returns:
-            What *took_effect* says of the transaction that failed; False without.
+        Args:
+            error: Why.
+            took_effect: Tells whether the transaction that failed is committed; None where it is not.
 
         Raises:
             Lost: it is not.
@@ -531,12 +553,11 @@ class TransactionWriter:
         log.warning("transaction failed", **self._where(), error=repr(error), failures=self._failures)
         self._hidden_until = time.monotonic() + HIDDEN_SECONDS
         await self._throw_away()
-        effective = False
         while self._producer is None:
             await self._back_off()
             try:
                 if await self._is_member():
-                    self._producer, effective = await self._started(took_effect)
+                    self._producer = await self._started(took_effect)
                 # Only who is a member after its producer has started knows that whoever comes next will fence it.
                 if not await self._is_member():
                     raise Lost
@@ -544,7 +565,6 @@ class TransactionWriter:
                 await self._throw_away()
                 self._failures += 1
                 log.warning("transactional producer cannot start", **self._where(), error=repr(failure))
-        return effective
 
     async def _took_effect(self, source: Source, offset: int, metadata: str) -> bool:
         """Tell whether the last transaction is committed; the old producer is fenced. Asked until there is an answer.
@@ -552,10 +572,8 @@ class TransactionWriter:
         Raises:
             CommitForgotten: it is not, nor is what was committed before it, and of that nothing else is known.
         """
-        if self._commit is _Commit.ANSWERED:
-            return True
-        if self._decided:  # this one, or the one before, of which the sweep completes what is forgotten
-            return self._commit is _Commit.ASKED
+        if self._decided:  # that is the one before, of which the sweep completes what is forgotten
+            return False
         before = (source.committed, source.committed_map)
         if (offset, metadata) == before:
             return False  # the group's offsets tell nothing
@@ -570,31 +588,37 @@ class TransactionWriter:
 
     # ------------------------------------------------------------------------------------------ the sweep
 
-    async def _started(self, took_effect: Callable[[], Awaitable[bool]] | None = None) -> tuple[AIOKafkaProducer, bool]:
-        """Start a producer and sweep with it; return it, and what *took_effect* has said before the sweep."""
+    async def _started(self, took_effect: Callable[[], Awaitable[bool]] | None = None) -> AIOKafkaProducer:
+        """Start a producer and sweep with it; *took_effect* is asked before the sweep, where it is not known yet."""
         producer = self._make_producer()
         try:
             async with asyncio.timeout(STEP_TIMEOUT_SECONDS), self._ask_cluster() as cluster:
-                if self._decided is None:  # what is decided stays so; starting a producer makes the broker forget it
-                    self._decided = await self._decision(cluster)
                 leaders = await self._leaders(cluster)
-                if self._decided is None:
-                    await self._account_for_the_last(cluster, leaders)
+                state = await self._look(cluster, leaders)
+                if self._decided is None and state is not None:  # else it stands; a start makes the broker forget it
+                    self._decided = state.committed
+                self._give_up_what_cannot_be_told()
                 with its_assertions_are_failures():
                     await connect_client(producer)
-                effective = took_effect is not None and await took_effect()
-                await self._sweep(producer, cluster, leaders, commit=effective or self._decided is True)
+                ended_by_commit = self._ended_by_commit(state)
+                if took_effect is not None and self._commit is not _Commit.ANSWERED and await took_effect():
+                    self._took()
+                    ended_by_commit = True  # since
+                commit = self._commit is _Commit.ANSWERED or self._decided is True
+                await self._look_again(cluster, ended_by_commit=ended_by_commit, commit=commit)
+                await self._sweep(producer, cluster, leaders, commit=commit)
         except BaseException:
             await discard(producer, 0)
             raise
         self._decided = None
-        self._last.clear()
+        self._all_is_complete()
         self._say_what_is_left_out()
-        return producer, effective
+        return producer
 
-    async def _decision(self, cluster: Cluster) -> bool | None:
-        state = await cluster.transaction(self._transactional_id)
-        return None if state is None else state.committed
+    def _all_is_complete(self) -> None:
+        """Take note that a sweep has ended whatever was open."""
+        self._last.clear()
+        self._forgotten.clear()
 
     def _say_what_is_left_out(self) -> None:
         left_out = self._dead_letters is not None and self._dead_letters not in self._swept
@@ -612,38 +636,125 @@ class TransactionWriter:
         producer = self._producer
         assert producer is not None
         async with asyncio.timeout(STEP_TIMEOUT_SECONDS), self._ask_cluster() as cluster:
-            await self._sweep(producer, cluster, await self._leaders(cluster), commit=True)
-        self._last.clear()
+            leaders = await self._leaders(cluster)
+            await self._look(cluster, leaders)  # as long as there is nothing that could be aborted
+            await self._sweep(producer, cluster, leaders, commit=True)
+        self._all_is_complete()
 
-    async def _account_for_the_last(self, cluster: Cluster, leaders: dict[TopicPartition, object]) -> None:
-        """Find what a broker has forgotten of the last commit, before what is open beside it is aborted.
+    # ------------------------------------------------------------------------------------------ what is forgotten
+
+    async def _look(self, cluster: Cluster, leaders: dict[TopicPartition, object]) -> TransactionState | None:
+        """Find what a broker has forgotten of the last commit, and what has become of what was found before.
 
         A reader of committed records comes as far as where the oldest open transaction begins. That is the last commit,
-        for a record is of one transaction, or it is an older one, behind which nothing can be seen: it will end.
+        for a record is of one transaction, or it is an older one, behind which nothing can be seen: it will end. Where
+        it is neither, the last commit is complete; or nobody can tell, as the coordinator has aborted something by
+        itself. What cannot be told stays in :attr:`_last`.
+
+        Args:
+            cluster: To be asked.
+            leaders: All that can be looked at.
+
+        Returns:
+            How far what came last has come; None from a broker that does not tell.
 
         Raises:
-            ClusterUnavailable, ClusterRefusal: as :meth:`Cluster.offsets`.
+            ClusterUnavailable, ClusterRefusal: no answer.
             _NotSwept: there is an older one.
         """
-        for target in self._last.keys() - leaders.keys():  # gone or denied: nobody can tell, nor make it good
+        told = bool(self._last)
+        while True:
+            state = await cluster.transaction(self._transactional_id)
+            if state is not None and state.committed and self._commit is _Commit.ASKED:
+                self._took()
+            self._forget_what_is_gone(leaders)
+            targets = self._last.keys() | self._forgotten.keys()
+            if not targets:
+                return state
+            while state is not None and state.marking:  # what is open until then is not forgotten
+                await asyncio.sleep(MARKERS_SECONDS)
+                state = await cluster.transaction(self._transactional_id)
+            stable = await cluster.offsets(targets, LATEST, committed_only=True)
+            before, state = state, await cluster.transaction(self._transactional_id)
+            self._part_what_has_ended(stable, by_commit=self._ended_by_commit(state))
+            for target in [target for target, written in self._last.items() if stable[target] == written.first]:
+                log.warning("a broker has forgotten a commit", **self._where(), into=target.topic)
+                self._forgotten[target] = self._last.pop(target)
+            if state == before:
+                break
+        undecided = state is None or state.committed is None
+        hidden = any(stable[target] < written.first for target, written in self._last.items())
+        if hidden and undecided and time.monotonic() < self._hidden_until:
+            raise _NotSwept("an older transaction of somebody else hides whether the last commit is complete")
+        for target, written in list(self._last.items()):
+            if 0 <= written.first < stable[target] and (state is None or state.committed is not False):
+                del self._last[target]
+        if told:
+            self._last_is_told = not self._last
+        return state
+
+    async def _look_again(self, cluster: Cluster, *, ended_by_commit: bool, commit: bool) -> None:
+        """Tell what has to be written again, when nothing but the sweep can end what is open.
+
+        Args:
+            cluster: To be asked.
+            ended_by_commit: Whether what has ended since it was looked at last was committed.
+            commit: Whether the sweep commits, and so completes what is still open.
+
+        Raises:
+            ClusterUnavailable, ClusterRefusal: no answer.
+        """
+        if not commit:
+            for target in list(self._forgotten):
+                self._write_again(target)
+        elif self._forgotten:
+            stable = await cluster.offsets(self._forgotten, LATEST, committed_only=True)
+            self._part_what_has_ended(stable, by_commit=ended_by_commit)
+
+    def _ended_by_commit(self, state: TransactionState | None) -> bool:
+        """Tell whether what has ended was committed, as far as *state* tells.
+
+        After an answered commit a broker that does not tell is believed to have only been late with its markers.
+        """
+        return self._commit is _Commit.ANSWERED if state is None else state.committed is True
+
+    def _part_what_has_ended(self, stable: Mapping[Partition, int], *, by_commit: bool) -> None:
+        """Keep no longer what is not open any more: it is complete, or has to be written again."""
+        for target in [target for target, written in self._forgotten.items() if stable[target] > written.first]:
+            if by_commit:
+                del self._forgotten[target]
+            else:
+                self._write_again(target)
+
+    def _write_again(self, target: TopicPartition) -> None:
+        written = self._forgotten.pop(target)
+        log.warning("what was forgotten is aborted: written again", **self._where(), into=target.topic)
+        self._again.extend(written.items)
+
+    def _forget_what_is_gone(self, leaders: dict[TopicPartition, object]) -> None:
+        """Leave out what went to a topic that is gone or denied: nobody can tell of it, nor make it good."""
+        for target in self._last.keys() - leaders.keys():
             del self._last[target]
-        if not self._last:
-            return
-        stable = await cluster.offsets(self._last, LATEST, committed_only=True)
-        if any(stable[target] < written.first for target, written in self._last.items()):
-            if time.monotonic() < self._hidden_until:
-                raise _NotSwept("an older transaction of somebody else hides whether the last commit is complete")
-            log.warning("it cannot be told whether the last commit is complete", **self._where())
-            return
-        self._decided = await self._decision(cluster)
-        if self._decided is not None:  # meanwhile; if it was aborted, what was open before may have been taken along
-            return
-        for target, written in self._last.items():
-            if stable[target] == written.first:
-                log.warning("a broker has forgotten a commit: written again", **self._where(), into=target.topic)
-                self._again.extend(written.items)
-        self._last_is_told = all(written.first >= 0 for written in self._last.values())
+        lost = [item for item in self._again if item.target not in leaders]
+        for target in self._forgotten.keys() - leaders.keys():
+            lost.extend(self._forgotten.pop(target).items)
+        if lost:
+            self._again = [item for item in self._again if item.target in leaders]
+            log.error("forgotten dead letters are lost: their topic is gone or denied", **self._where(), **_which(lost))
+
+    def _give_up_what_cannot_be_told(self) -> None:
+        """Say what may be lost, unless it was decided to be committed: what is left of it then will be."""
+        if self._decided is not True:
+            for target, written in self._last.items():
+                log.error(
+                    "it cannot be told whether the last commit is complete: compare the responses to these offsets",
+                    **self._where(),
+                    into=target.topic,
+                    **_which(written.items),
+                )
         self._last.clear()
+
+    # ------------------------------------------------------------------------------------------ the markers
 
     async def _leaders(self, cluster: Cluster) -> dict[TopicPartition, object]:
         """Wait until all that has to be swept is led; return who leads it, None from a broker that does not tell.
@@ -715,3 +826,8 @@ class TransactionWriter:
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)
+
+
+def _which(items: Sequence[_Item]) -> dict[str, object]:
+    """Return what the log says of records: how many, and between which offsets of the input."""
+    return {"records": len(items), "from_offset": items[0].token, "to_offset": items[-1].token}

@@ -68,6 +68,8 @@ class Log:
         """Where what is open begins."""
         self.places_told = True
         """Whether an answer says where records are."""
+        self.markers: deque[set[TopicPartition | str]] = deque()
+        """All that the next transactions hold that are not ended as they ought to be."""
         self.hidden = 0
         """So many questions for that find an older transaction of somebody else."""
         self.forgotten: list[tuple[TopicPartition, bytes | None]] = []
@@ -134,13 +136,20 @@ class Log:
 
     def end(self, *, commit: bool) -> None:
         """Write the markers of a transaction: they end what has been forgotten too."""
+        reached = self.markers.popleft() if self.markers else {OUTPUT, DEAD, "offsets"}
         if commit:
-            self.records.extend(self.forgotten)
-            self.committed = self.forgotten_offsets or self.committed
-        self.forgotten.clear()
-        self.forgotten_offsets = None
-        self.open.clear()
+            self.records.extend(record for record in self.forgotten if record[0] in reached)
+        self.forgotten = [record for record in self.forgotten if record[0] not in reached]
+        if "offsets" in reached:
+            self.committed = (commit and self.forgotten_offsets) or self.committed
+            self.forgotten_offsets = None
+        self.open = {target: at for target, at in self.open.items() if target not in reached}
         self.state = self.state and ("CompleteCommit" if commit else "CompleteAbort")
+
+    def time_out(self) -> None:
+        """End what is open, as a coordinator does by itself after the transaction time-out."""
+        self.end(commit=False)
+        raise RequestTimedOutError
 
     def begun(self) -> None:
         """A transaction has come to its coordinator."""
@@ -715,17 +724,236 @@ async def test_a_commit_that_was_answered_is_completed_though_its_sweep_fails(ri
     assert len(rig.log.producers) == 2
 
 
-async def test_a_commit_that_was_answered_is_written_again_where_its_sweep_is_aborted(rig: Rig) -> None:
-    """I1: the sweep was open when it failed, and its end takes along what the commit has left open."""
-    await rig.begun()
-    rig.log.state = "Empty"
-    rig.log.forgets.append({"output", "slow"})
+def nothing() -> None:
+    """A step that takes its course."""
+
+
+def times_out(rig: Rig) -> None:
+    """Have the sweep ended by the coordinator, and told so late that it is decided when the process looks."""
+    rig.log.fail("swept", rig.log.time_out)
+
+
+def is_left_open(rig: Rig) -> None:
+    """Have the sweep ended by the start of the next producer."""
     rig.log.fail("swept", RequestTimedOutError())
+
+
+def times_out_late(rig: Rig) -> None:
+    """Have the sweep ended by the coordinator while it is asked what is open, for the second time."""
+    is_left_open(rig)
+    rig.log.fail("open", nothing, lambda: rig.log.end(commit=False))
+
+
+def is_left_open_and_cannot_be_asked(rig: Rig) -> None:
+    """Have the sweep ended by the start of the next producer, of which the effect shows to the one after it."""
+    is_left_open(rig)
+    rig.log.fail("open", nothing, nothing, ClusterUnavailable("away"))
+
+
+@pytest.mark.parametrize("sweep", [is_left_open, times_out, times_out_late, is_left_open_and_cannot_be_asked])
+async def test_a_commit_that_was_answered_is_written_again_where_its_sweep_is_aborted(
+    rig: Rig, sweep: Callable[[Rig], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I1: it takes along what the commit has left open. Who hears of it may stop the writer at once (a drain)."""
+    seen: list[list[bytes | None]] = []
+    monkeypatch.setattr(rig.assigned, "acknowledged", lambda _: seen.append(rig.values()))
+    await rig.begun()
+    rig.log.forgets.append({"output", "slow"})
+    sweep(rig)
+    rig.append(0, b"0")
+
+    await until(lambda: bool(seen))
+    await settled()
+    assert seen == [[b"0"]]
+    assert (rig.values(), rig.log.committed, rig.assigned.committed) == ([b"0"], (1, ""), 1)
+    assert not rig.writer.stuck
+
+
+def does_not_begin(rig: Rig) -> None:
+    """Have the sweep fail before it is begun."""
+    rig.log.fail("sweep", RequestTimedOutError())
+
+
+def holds_the_offsets_alone(rig: Rig) -> None:
+    """Have the sweep refused as a whole for the dead letters, when the group is part of it already."""
+    rig.log.denied.add(DEAD)
+    rig.log.markers.append({"offsets"})
+
+
+def is_committed_late(rig: Rig) -> None:
+    """Have the sweep take effect while the process asks, for the second time, what is open."""
+    is_left_open(rig)
+    rig.log.fail("open", nothing, lambda: rig.log.end(commit=True))
+
+
+def is_not_told(rig: Rig) -> None:
+    """Have brokers that do not tell, and a marker of the commit that comes late."""
+    rig.log.state = None
+    does_not_begin(rig)
+    rig.log.fail("connect", lambda: rig.log.end(commit=True))
+
+
+def waits_for_markers(rig: Rig) -> None:
+    """Have the commit complete only when it was asked for several times, and its sweep abort nothing then."""
+    rig.log.markers_under_way = 2
+    rig.log.fail("question", nothing, nothing, lambda: rig.log.end(commit=True))
+    times_out(rig)
+
+
+def takes_its_course(rig: Rig) -> None:
+    """Have nothing go wrong."""
+
+
+COMPLETED = [
+    takes_its_course,
+    does_not_begin,
+    holds_the_offsets_alone,
+    is_committed_late,
+    is_not_told,
+    waits_for_markers,
+]
+"""What may become of the sweep after a commit that is complete in the end."""
+
+
+@pytest.mark.parametrize("sweep", COMPLETED)
+async def test_what_was_forgotten_and_is_completed_after_all_is_not_written_again(
+    rig: Rig, sweep: Callable[[Rig], None]
+) -> None:
+    """I2: it would be there twice."""
+    await rig.begun()
+    rig.log.forgets.append({"output", "slow"})
+    sweep(rig)
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    rig.log.fail("commit", ProducerFenced())
+    rig.append(1, b"1")
+
+    await rig.acknowledged(0, 1)
+    assert rig.values() == [b"0", b"1"]
+
+
+@pytest.mark.parametrize("step", ["open", "connect"])
+async def test_a_commit_that_takes_effect_while_the_next_producer_starts_is_written_once(rig: Rig, step: str) -> None:
+    """I2: it was still on its way, and completes what was forgotten before. An earlier decision says nothing of it."""
+    await rig.begun()
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    rig.log.fail("begin", OSError("reset"))
+    rig.log.forgets.append({"output"})
+    rig.append(1, b"1")
+    await rig.acknowledged(0, 1)
+
+    def arrive() -> None:
+        rig.log.forgotten.extend(rig.log.producers[1].open)
+        rig.log.forgotten_offsets = (3, "")
+        rig.log.end(commit=True)
+
+    rig.log.fail("commit", RequestTimedOutError())
+    rig.log.fail(step, arrive)
+    rig.append(2, b"2")
+
+    await rig.acknowledged(0, 1, 2)
+    assert rig.values() == [b"0", b"1", b"2"]
+
+
+async def test_where_nobody_tells_what_was_aborted_is_written_again(rig: Rig) -> None:
+    """I1: the first producer that starts aborts it, which the second one sees."""
+    await rig.begun()
+    rig.log.state = None
+    rig.log.forgets.append({"output"})
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    rig.log.fail("commit", ProducerFenced())
+    rig.log.fail("connect", lambda: rig.log.end(commit=False))
+    rig.log.fail("start", OSError("refused"))
+    rig.append(1, b"1")
+
+    await rig.acknowledged(0, 1)
+    assert rig.values() == [b"0", b"1"]
+
+
+async def test_offsets_that_somebody_else_has_put_there_end_the_process(rig: Rig) -> None:
+    """What is known of an earlier commit, which was swept after, is no excuse for them."""
+    await rig.begun()
+    rig.log.forgets.append({"slow"})
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    rig.log.committed = (7, "")
+    rig.log.fail("commit", ProducerFenced())
+    rig.append(1, b"1")
+
+    await until(lambda: bool(rig.failures))
+    assert isinstance(rig.failures.pop(), CommitForgotten)
+
+
+@pytest.mark.parametrize("first", [is_left_open, times_out])
+async def test_a_commit_without_an_answer_is_written_again_where_the_sweep_that_completes_it_is_aborted(
+    rig: Rig, first: Callable[[Rig], None]
+) -> None:
+    """I1: it counts as answered, for it is decided."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    rig.log.commit_answers_lost = 1
+    first(rig)
     rig.append(0, b"0")
 
     await rig.acknowledged(0)
-    await until(lambda: rig.values() == [b"0"])
-    assert rig.log.committed == (1, "")
+    assert (rig.values(), rig.log.committed) == ([b"0"], (1, ""))
+
+
+async def test_a_commit_is_written_again_where_the_next_producers_sweep_is_aborted(rig: Rig) -> None:
+    """I1: the transaction after it has not come to its coordinator, which has it still as the last."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    rig.log.fail("begin", OSError("reset"))
+    is_left_open(rig)
+    rig.append(1, b"1")
+
+    await rig.acknowledged(0, 1)
+    assert rig.values() == [b"0", b"1"]
+
+
+async def test_an_older_transaction_does_not_hold_up_the_sweep_after_an_answer(rig: Rig) -> None:
+    """It would hold up all responses; what it hides is looked at again where the sweep fails."""
+    await rig.begun()
+    rig.log.forgets.append({"output", "slow"})
+    rig.log.hidden = 2
+    is_left_open(rig)
+    rig.append(0, b"0")
+
+    await rig.acknowledged(0)
+    assert (rig.values(), len(rig.log.producers)) == ([b"0"], 3)
+
+
+@pytest.mark.parametrize("left", ["gone", "denied"])
+@pytest.mark.parametrize("step", ["commit", "connect"], ids=["after it was aborted", "before"])
+async def test_a_forgotten_dead_letter_whose_topic_is_not_there_any_more_holds_up_nothing(
+    rig: Rig, caplog: pytest.LogCaptureFixture, left: str, step: str
+) -> None:
+    """Nobody can write it; who operates the service is told."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    rig.append(0, b"letter", DEAD)
+    rig.append(0, b"0")
+    await rig.acknowledged(0, 0)
+
+    def leave() -> None:
+        if left == "gone":
+            del rig.log.leaders[DEAD]
+        else:
+            rig.log.denied.add(DEAD)
+        raise ProducerFenced
+
+    rig.log.fail("commit", ProducerFenced())
+    rig.log.fail(step, leave)
+    rig.append(1, b"1")
+
+    await rig.acknowledged(0, 0, 1)
+    assert (rig.values(), rig.values(DEAD)) == ([b"0", b"1"], [])
+    (told,) = [record for record in caplog.records if "forgotten dead letters are lost" in record.getMessage()]
+    assert told.levelname == "ERROR"
 
 
 async def test_what_is_found_forgotten_after_an_answer_is_not_forgotten_again(rig: Rig) -> None:
@@ -906,19 +1134,29 @@ async def test_an_older_transaction_that_hides_the_last_commit_is_waited_for(rig
     assert rig.values() == [b"0", b"1"]
 
 
-@pytest.mark.parametrize("why", ["hidden", "its place is not known"])
-async def test_a_commit_of_which_nobody_can_tell_what_is_forgotten_ends_the_process(rig: Rig, why: str) -> None:
+@pytest.mark.parametrize("why", ["hidden", "hidden until it was aborted", "its place is not known"])
+async def test_a_commit_of_which_nobody_can_tell_what_is_forgotten_ends_the_process(
+    rig: Rig, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """I1: who starts anew begins with its records, as the offsets say. That an earlier one was told counts for it."""
+    monkeypatch.setattr(transactions_module, "HIDDEN_SECONDS", 1.0)
     await rig.begun()
     rig.append(0, b"0")
     await rig.acknowledged(0)
     rig.log.fail("commit", ProducerFenced())
     rig.log.forgets.append({"output", "offsets"})
-    rig.log.places_told = why == "hidden"
+    rig.log.places_told = why != "its place is not known"
     rig.append(1, b"1")
     await rig.acknowledged(0, 1)
-    if why == "hidden":
+    if why != "its place is not known":
         rig.log.hidden = 1_000_000
+
+    def show() -> None:
+        rig.log.hidden, rig.log.state = 0, "Empty"
+        raise OSError("reset")
+
+    if why == "hidden until it was aborted":
+        rig.log.fail("start", show)
     rig.log.fail("commit", ProducerFenced())
     rig.append(2, b"2")
 
@@ -951,6 +1189,62 @@ async def test_a_transaction_that_the_broker_has_aborted_by_itself_takes_what_is
 
     await until(lambda: bool(rig.failures))
     assert isinstance(rig.failures.pop(), CommitForgotten)
+
+
+async def test_what_the_coordinator_has_aborted_by_itself_may_be_lost_and_is_named(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """I1: the offsets are committed, and nobody can tell any more that the responses are not."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    for token in range(3):
+        rig.append(token, b"%d" % token)
+    await rig.acknowledged(0, 1, 2)
+    rig.log.fail("commit", rig.log.time_out)
+    rig.append(3, b"3")
+
+    await rig.acknowledged(0, 1, 2, 3)
+    (told,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    for part in ("cannot be told", "into=responses", "records=3", "from_offset=0", "to_offset=2"):
+        assert part in told.getMessage()
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["of the next producer", "after a slow commit"])
+async def test_no_error_names_what_a_sweep_completes(rig: Rig, caplog: pytest.LogCaptureFixture, slow: bool) -> None:
+    """Here nobody can see it before, as an older transaction hides it."""
+    await rig.begun()
+    if slow:
+        rig.log.forgets.append({"slow"})
+        rig.log.hidden = 1
+    rig.append(0, b"0")
+    await rig.acknowledged(0)
+    if not slow:
+        rig.log.fail("begin", OSError("reset"))
+        rig.log.hidden = 1
+        rig.log.fail("commit", ProducerFenced())
+    rig.log.fail("commit", rig.log.time_out)
+    rig.append(1, b"1")
+
+    await rig.acknowledged(0, 1)
+    assert rig.values() == [b"0", b"1"]
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_what_the_coordinator_has_aborted_by_itself_takes_along_only_what_is_where_it_was_written_to(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """I1: the sweep, which aborts, would take along the rest, which therefore is written again."""
+    await rig.begun()
+    rig.log.forgets.append({"output"})
+    rig.append(0, b"letter", DEAD)
+    await rig.acknowledged(0)
+    rig.log.markers.append({OUTPUT, "offsets"})
+    rig.log.fail("commit", rig.log.time_out)
+    rig.append(1, b"1")
+
+    await rig.acknowledged(0, 1)
+    assert (rig.values(), rig.values(DEAD)) == ([b"1"], [b"letter"])
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_what_is_to_be_made_good_and_has_become_too_large_holds_up_nothing(
@@ -1008,7 +1302,8 @@ async def test_who_is_expelled_while_its_producer_starts_writes_nothing_with_it(
 
     await until(lambda: rig.assigned.lost)
     assert (rig.values(), rig.assigned.acknowledged_tokens) == ([], [])
-    assert len(rig.log.producers) == 2
+    await until(lambda: not rig.writer.stuck)  # contract 8: the output holds up nothing of it any more
+    assert [producer.stopped for producer in rig.log.producers] == [True, True]
 
 
 async def test_nor_does_who_cannot_ask_whether_it_was(rig: Rig) -> None:
