@@ -71,8 +71,8 @@ bench-growth: $(VENV)/.dev-ready ## how cost grows with partitions, window, payl
 compiled: $(VENV)/.dev-ready ## build a wheel in dist/ for this machine that decodes and encodes compiled (needs a C compiler)
 	TIERSTREAM_COMPILE=1 $(PY) -m hatchling build --target wheel --directory dist
 
-soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_OPERATIONS (10000000), SOAK_KILLS (500), SOAK_STORM_MINUTES, SOAK_MINUTES (20), SOAK_LEADER_MINUTES (5), SOAK_SEED
-	@echo "==> soaking: the storage's model, kills, a storm of rebalances, everything mixed, leaders that move"
+soak: $(VENV)/.dev-ready ## faults under load, for long: SOAK_OPERATIONS (10000000), SOAK_REWRITE_KILLS (100), SOAK_KILLS (500), SOAK_STORM_MINUTES, SOAK_MINUTES (20), SOAK_LEADER_MINUTES (5), SOAK_SEED
+	@echo "==> soaking: the storage's model, order of keys, kills, a storm of rebalances, everything mixed, leaders that move"
 	$(PY) tests/soak.py
 
 sbom: $(VENV)/.dev-ready ## write dist/tierstream.cdx.json: every package of the image with version and hashes (CycloneDX)

@@ -11,6 +11,7 @@ import heapq
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal, TypeAlias, TypeVar
 
 Kind: TypeAlias = Literal[
@@ -29,7 +30,18 @@ Kind: TypeAlias = Literal[
     "sync brokers",  # wait until all nodes of a cluster have everything in sync
     "hold storage",  # somebody else keeps the write lock of the storage's file
     "release storage",
+    "lose answer",  # to the next request of one kind, which the broker carries out
+    "slow output",
+    "quick output",
 ]
+
+Delivery: TypeAlias = Literal["at-least-once", "exactly-once"]
+
+ANSWERED_REQUESTS: dict[Delivery, tuple[str, ...]] = {
+    "at-least-once": ("Produce", "OffsetCommit"),
+    "exactly-once": ("Produce", "TxnOffsetCommit", "EndTxn"),
+}
+"""What a member of each kind asks for that is done once it is asked, whether it hears so or not; by Kafka's names."""
 
 FROZEN_SECONDS = (8.0, 14.0)
 """Beyond the session time-out of the members, 6 s, so that their partitions are taken over meanwhile."""
@@ -48,7 +60,15 @@ NODE_ROUND_SECONDS = 18.0
 
 STORAGE_HELD_SECONDS = (24.0, 30.0)
 """Longer than the service's three attempts, of 5 s each, before it says that storage is unavailable, also where they
-begin late: a plan goes on to stop and to kill members meanwhile."""
+begin late: a plan goes on to stop and to kill members meanwhile. And longer than a drain may take, 10 s, after somebody
+has come or gone next, within 6 s, and is missed after another 6 s: such a drain runs into its deadline."""
+
+REST_SECONDS = 20.0
+"""From the end of an outage to the next of its kind: some time to work in."""
+
+
+OUTPUT_SLOW_SECONDS = (8.0, 16.0)
+"""Around the 10 s that a drain may take."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +84,25 @@ class Action:
     """Responses after the action before, at the earliest."""
     burst: int = 0
     """Records put in at once just before, so that there is something to do."""
+    request: str = ""
+    """The kind whose answer is lost."""
 
     def __str__(self) -> str:
         """As it stands in a printed timeline."""
+        if self.request:
+            return f"{self.kind} to {self.request}"
         return self.kind if self.member < 0 else f"{self.kind} {self.member}"
 
 
 Plan: TypeAlias = list[Action]
 
 
-def kills(seed: int, rounds: int, *, unburied: float = 0.1) -> Plan:
+def kills(seed: int, rounds: int, *, records: int = 0, unburied: float = 0.1) -> Plan:
     """One member, killed and started again *rounds* times.
 
     Most die while they work, after some number of responses, three in four of them with a burst just put in; one in
-    five at some moment of its start. A share of *unburied* leaves the broker to find out by itself.
+    five at some moment of its start. A share of *unburied* leaves the broker to find out by itself. At least *records*
+    are answered before the last kill: the kills then lie further apart.
     """
     chance = random.Random(seed)
     plan = []
@@ -97,6 +122,9 @@ def kills(seed: int, rounds: int, *, unburied: float = 0.1) -> Plan:
         )
         if chance.random() >= unburied:
             plan.append(Action("bury", 0, wait=chance.choice([0.0, 0.2])))
+    answers = sum(action.answers for action in plan)
+    if answers < records:
+        plan = [replace(action, answers=ceil(action.answers * records / answers)) for action in plan]
     return [*plan, Action("start", 0)]
 
 
@@ -157,9 +185,13 @@ def storm(seed: int, seconds: float, *, members: int = 5) -> Plan:
     return _timed(_storm(random.Random(seed), seconds, members), seconds)
 
 
-def mixed(seed: int, seconds: float, *, members: int = 4) -> Plan:
-    """Everything at once: the storm, frozen members, brokers that go and come, a storage nobody can write to."""
-    return _timed(_mixed(random.Random(seed), seconds, members), seconds)
+def mixed(seed: int, seconds: float, *, members: int = 4, delivery: Delivery = "at-least-once") -> Plan:
+    """Everything at once.
+
+    The storm, frozen members, brokers that go and come, a storage nobody can write to while members come and go, lost
+    answers to what members of this *delivery* ask for, and output that is slow.
+    """
+    return _timed(_mixed(random.Random(seed), seconds, members, ANSWERED_REQUESTS[delivery]), seconds)
 
 
 Timed: TypeAlias = Iterator[tuple[float, Action]]
@@ -190,17 +222,19 @@ def _next_kind(chance: random.Random, alive: int, members: int) -> Literal["star
     return "stop" if chance.random() < 0.5 else "kill"
 
 
-def _mixed(chance: random.Random, seconds: float, members: int) -> Timed:
+def _mixed(chance: random.Random, seconds: float, members: int, requests: tuple[str, ...]) -> Timed:
     alive, frozen = {0, 1}, dict.fromkeys(range(members), 0.0)
-    broker_back = storage_back = 0.0
-    whats = _dealt(chance, [*["members"] * 12, "freeze", "freeze", "broker", "storage"])
+    broker_back = broker_works = storage_back = output_back = 0.0
+    rebalance_due = False
+    whats = _dealt(chance, [*["members"] * 12, "freeze", "freeze", "broker", "storage", "answer", "answer", "output"])
+    asked = _dealt(chance, list(requests))
     outages = _dealt(chance, list[Kind](["stop broker", "kill broker", "freeze broker"]))
     now = 0.0
     yield now, Action("start", 0)
     yield now, Action("start", 1)
     while (now := now + chance.uniform(0.5, 6.0)) < seconds:
         active = sorted(who for who in alive if frozen[who] < now)
-        what = next(whats)
+        what = "members" if rebalance_due else next(whats)
         if what == "freeze" and len(active) > 1:
             who = chance.choice(active)
             frozen[who] = now + chance.uniform(*FROZEN_SECONDS)
@@ -211,14 +245,22 @@ def _mixed(chance: random.Random, seconds: float, members: int) -> Timed:
             back: Kind = "thaw broker" if kind == "freeze broker" else "start broker"
             lasts = BROKER_FROZEN_SECONDS if kind == "freeze broker" else BROKER_DOWN_SECONDS
             end = now + chance.uniform(*lasts)
-            broker_back = end + 20  # some time to work in
+            broker_works, broker_back = end, end + REST_SECONDS
             yield now, Action(kind)
             yield end, Action(back)
-        elif what == "storage" and storage_back < now:
+        elif what == "storage" and max(storage_back, broker_works) < now:
             end = now + chance.uniform(*STORAGE_HELD_SECONDS)
-            storage_back = end + 20
+            storage_back = end + REST_SECONDS
+            rebalance_due = True
             yield now, Action("hold storage")
             yield end, Action("release storage")
+        elif what == "answer":
+            yield now, Action("lose answer", request=next(asked))
+        elif what == "output" and output_back < now:
+            end = now + chance.uniform(*OUTPUT_SLOW_SECONDS)
+            output_back = end + REST_SECONDS
+            yield now, Action("slow output", burst=BURST)
+            yield end, Action("quick output")
         else:
             asleep = alive - set(active)
             kind = _next_kind(chance, len(active), members - len(asleep))
@@ -231,6 +273,7 @@ def _mixed(chance: random.Random, seconds: float, members: int) -> Timed:
             else:
                 who = chance.choice(active)
                 alive.remove(who)
+            rebalance_due = False
             yield now, Action(kind, who)
             if kind == "kill" and chance.random() < 0.5:
                 yield now + 0.1, Action("bury", who)

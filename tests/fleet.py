@@ -57,6 +57,7 @@ from invariants import (
 from leadership import Leadership
 from ledger import Answer, Reader
 from load import CANARY, Load, ends, read_back
+from proxy import PRODUCE, REQUESTS, Proxy
 from service_process import ServiceProcess, command_line
 from stages import Stage, set_up
 from storage_scan import Scan, scan
@@ -85,7 +86,10 @@ NOTED_LATE_MS = int((DRAIN_SECONDS + COMMIT_SECONDS / 2) * 1000)
 broker has come back when it answers: others have long begun to repeat then."""
 
 EXIT_IN_OUTAGE_SECONDS = DRAIN_SECONDS + STOP_MARGIN_SECONDS
-"""Contract 11: where a broker or storage is away, each step of the stop takes what it may."""
+"""Contract 11: where a broker or storage is away, or output is slow, each step of the stop takes what it may."""
+
+SLOW_BYTES_PER_SECOND = 10_000
+"""Of all members together, where output is slow: a fraction of what they else write, compressed."""
 
 MEMORY_BYTES_MAX = (64 + 256) * 1024 * 1024
 """I11: the byte budget of a fleet's configuration, and 256 MiB for the interpreter, the code and the clients (about
@@ -178,8 +182,9 @@ class Feeder(threading.Thread):
         """Set to False to only read on."""
         self.burst = 0
         """Records to put in at once; the feeder sets it back when they are."""
+        self.rate = rate
+        """Records a second."""
         self._load = load
-        self._rate = rate
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -194,7 +199,7 @@ class Feeder(threading.Thread):
                     self.burst = 0
                 elif self.feeding and now >= due and load.sent - len(ledger.answers) < self.BACKLOG_MAX:
                     load.put(load.batch)
-                    due = max(due + load.batch / self._rate, now - 1)  # what was missed is not made up for
+                    due = max(due + load.batch / self.rate, now - 1)  # what was missed is not made up for
                 ledger.poll(self.POLL_SECONDS)
         except BaseException as error:  # noqa: BLE001 - whatever it was, it is raised by `Fleet` in its own thread
             self.error = error
@@ -210,8 +215,15 @@ class Fleet:
     """Carries out plans, and keeps count."""
 
     def __init__(
-        self, stage: Stage, *, load: Load | None = None, rate: float = 600, say: Callable[[str], object] = print
+        self,
+        stage: Stage,
+        *,
+        load: Load | None = None,
+        rate: float = 600,
+        proxy: Proxy | None = None,
+        say: Callable[[str], object] = print,
     ) -> None:
+        """Start nothing; *proxy* is what the stage's configuration has its members go through."""
         self.stage = stage
         self.say = say
         self.load = load or Load(stage.ledger, 4 * stage.ledger.partition_count, poison_every=60)
@@ -228,11 +240,16 @@ class Fleet:
         """Who leads what in a cluster; where nobody watches that, no plan may be about it."""
         self.beside: list[Fleet] = []
         """Fleets that are looked after while this one's plan is played, as it is done to them, too."""
+        self._proxy = proxy
+        self._lost_before = Counter(proxy.lost) if proxy is not None else Counter()
         self._began = time.monotonic()
         self._outages: list[Interval] = []
         self._no_commits: list[Interval] = []
         """Beside the outages: when it may be that nobody could commit."""
         self._broker_down_at = self._storage_held_at = 0
+        self._slow: list[Interval] = []
+        """When output was slow. No outage: something has to come out all the time; only to stop may take longer."""
+        self._slow_since = self._answered_before = 0
         self._alone_at = now_ms()
         """Since when no member could work; 0 while one can."""
         self._holder: sqlite3.Connection | None = None
@@ -329,7 +346,8 @@ class Fleet:
     def _see_off(self, member: Member) -> None:
         code = member.service.process.poll()
         took = time.monotonic() - member.stopped_at
-        excused = any(end >= now_ms() - took * 1000 for _, end in self._current_outages())
+        slow = [*self._slow, *([(self._slow_since, now_ms())] if self._slow_since else [])]
+        excused = any(end >= now_ms() - took * 1000 for _, end in [*self._current_outages(), *slow])
         if code is None:
             if took > (EXIT_IN_OUTAGE_SECONDS if excused else EXIT_SECONDS) and not member.frozen:
                 self.wrong.append(f"I10: {member.name} has not ended {took:.1f} s after SIGTERM\n{account(member)}")
@@ -368,10 +386,15 @@ class Fleet:
             self.until(self.leadership.look, "all nodes to be in sync")
         elif action.kind.endswith(" broker"):
             self._to_the_broker(action)
-        elif action.kind == "hold storage":
-            self._hold_storage()
+        elif action.kind == "lose answer":
+            self._through.lose_answers(REQUESTS[action.request], 1)
         else:
-            self._release_storage()
+            {
+                "hold storage": self._hold_storage,
+                "release storage": self._release_storage,
+                "slow output": self._slow_output,
+                "quick output": self._quick_output,
+            }[action.kind]()
 
     # ------------------------------------------------------------------------------------------ members
 
@@ -392,7 +415,8 @@ class Fleet:
         self._remember_memory(member)
         left = self.load.sent - len(self.stage.ledger.answers)
         at = "at work" if reads(member) else "joining" if has_started(member) else "starting"
-        self._fault()
+        # Where output is slow, what it has written may still be on its way, and come after what its successor writes.
+        self._fault(2 if self._slow_since else 1)
         member.service.kill()
         self.happened["kills"] += 1
         self.happened[f"kills of a member {at}"] += 1
@@ -500,25 +524,48 @@ class Fleet:
         self._outages.append((self._storage_held_at, now_ms()))
         self._storage_held_at = 0
 
+    @property
+    def _through(self) -> Proxy:
+        assert self._proxy is not None, "the members do not go through a proxy"
+        return self._proxy
+
+    def _slow_output(self) -> None:
+        """Let what members write go slowly, of all of them together."""
+        self._slow_since, self._answered_before = now_ms(), len(self.stage.ledger.answers)
+        self._through.slow(PRODUCE, SLOW_BYTES_PER_SECOND)
+
+    def _quick_output(self) -> None:
+        """Let it go at once again, and note whether it was that which has held work back."""
+        self._through.quick()
+        seconds, answered = (now_ms() - self._slow_since) / 1000, len(self.stage.ledger.answers) - self._answered_before
+        alone = all(end < self._slow_since for _, end in self._current_outages())
+        held_back = 0 < answered < self.feeder.rate * seconds and not self.all_answered
+        self.say(f"{answered} answered in the {seconds:.0f} s in which output was slow")
+        self.happened["output made slow"] += 1
+        self.happened["output slow and work held back by nothing else"] += alone and held_back
+        self._slow.append((self._slow_since, now_ms()))
+        self._slow_since = 0
+
     def _current_outages(self) -> list[Interval]:
         begun = [at for at in (self._broker_down_at, self._storage_held_at, self._alone_at) if at]
         return [*self._outages, *((at, now_ms()) for at in begun)]
 
     # ------------------------------------------------------------------------------------------ the end
 
-    def settle(self, *, records: int = 0) -> None:
+    def settle(self) -> None:
         """Let everything be answered and committed, read some of it back, and stop everybody as an operator would.
-
-        Before that the load is made up to *records*.
 
         Raises:
             TimeoutError: it was not answered; tells where every member stands.
         """
         ledger = self.stage.ledger
-        self.until(lambda: self.load.sent >= records, f"{records} records to be put in")
         self.feeder.feeding = False
         self.until(lambda: self.all_answered and not self.leaving, "everything to be answered at the end")
         self.feeder.end()
+        if self._proxy is not None:
+            for name, kind in REQUESTS.items():
+                if lost := self._proxy.lost[kind] - self._lost_before[kind]:
+                    self.happened[f"answers lost: {name}"] += lost
         ledger.flush()
         read_back(self.load, 100)
         self.until(self._permits_are_whole, "I9: every permit in use to be a window's")

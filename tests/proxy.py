@@ -9,7 +9,8 @@ lost answer
 damaged answer
     `damage_answers` changes one byte near the end of a large answer of one kind: of a fetch, in its last record.
 slow
-    `slow` forwards requests of one kind at so many bytes a second; what is behind them on the same connection waits.
+    `slow` forwards requests of one kind at so many bytes a second, those of all connections together; what is behind
+    them on the same connection waits.
 
 Frames, by the Kafka protocol: a length of four bytes; then a request has its kind (two bytes), the version of that kind
 (two) and a correlation id (four), an answer the correlation id alone.
@@ -20,9 +21,13 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from brokers import Broker, maven_broker, unused_port
 
 PRODUCE = 0
 FETCH = 1
@@ -32,6 +37,14 @@ LEAVE_GROUP = 13
 END_TXN = 26
 TXN_OFFSET_COMMIT = 28
 """Kinds of request ("API keys")."""
+
+REQUESTS = {
+    "Produce": PRODUCE,
+    "OffsetCommit": OFFSET_COMMIT,
+    "TxnOffsetCommit": TXN_OFFSET_COMMIT,
+    "EndTxn": END_TXN,
+}
+"""Those whose lost answer corrupts where it is not borne in mind, by Kafka's names."""
 
 CONNECT_SECONDS = 5
 CLOSE_SECONDS = 5
@@ -60,6 +73,8 @@ class Proxy:
         self._to_damage: Counter[int] = Counter()
         self._slow_kind = -1
         self._bytes_per_second = 0.0
+        self._free_at = 0.0
+        """When all that is to go slowly so far has gone."""
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._quick = threading.Event()
@@ -82,7 +97,8 @@ class Proxy:
             self._to_damage[kind] = count
 
     def slow(self, kind: int, bytes_per_second: float) -> None:
-        """Forward requests of this kind at this speed, until `quick`."""
+        """Forward requests of this kind at this speed, all connections together, until `quick`."""
+        self._free_at = 0.0
         self._slow_kind, self._bytes_per_second = kind, bytes_per_second
         self._quick.clear()
 
@@ -90,6 +106,13 @@ class Proxy:
         """Forward everything at once again."""
         self._slow_kind = -1
         self._quick.set()
+
+    def heal(self) -> None:
+        """Do nothing wrong any more."""
+        with self._lock:
+            self._to_lose.clear()
+            self._to_damage.clear()
+        self.quick()
 
     def close(self) -> None:
         """Reset all connections and wait for the threads."""
@@ -137,10 +160,17 @@ class Proxy:
             return
         for start in range(0, len(frame), SLICE_BYTES):
             piece = frame[start : start + SLICE_BYTES]
-            self._quick.wait(len(piece) / self._bytes_per_second)
+            self._quick.wait(self._seconds_until_gone(len(piece)))
             with self._lock:
                 self.slowed_bytes += len(piece)
             yield piece
+
+    def _seconds_until_gone(self, size: int) -> float:
+        """Take the next turn on the slow line for so many bytes."""
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + size / self._bytes_per_second
+            return self._free_at - now
 
     def ended(self, connection: _Connection) -> None:
         """Forget a connection."""
@@ -236,3 +266,19 @@ def _frames(end: socket.socket) -> Iterator[bytes]:
             if len(body) < size:
                 return
             yield head + body
+
+
+@contextmanager
+def proxied_broker(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[tuple[Broker, Proxy]]:
+    """Run Apache Kafka of one node, and the proxy before its second listener; its first one is reached directly.
+
+    Raises:
+        BrokerUnavailableError: it did not start.
+    """
+    port = unused_port()
+    proxy = Proxy(port)
+    try:
+        with maven_broker(folder, settings, proxied=(port, proxy.port)) as broker:
+            yield broker, proxy
+    finally:
+        proxy.close()

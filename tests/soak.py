@@ -6,16 +6,22 @@ operations
     A model of members that write the same objects, in memory, in all processors (`storage_model.py`):
     ``SOAK_OPERATIONS`` (10,000,000).
 
-Then fleets, in parts of episodes on topics of their own. First on one Apache Kafka of one node, at-least-once and
+Then services, in parts of episodes on topics of their own. First on one Apache Kafka of one node, at-least-once and
 exactly-once in turn:
+
+key order
+    Objects that are rewritten, large and small in turn, by a service that is killed again and again (`rewrites.py`):
+    ``SOAK_REWRITE_KILLS`` (100).
+
+And fleets:
 
 kills
     One member, killed again and again: ``SOAK_KILLS`` (500).
 storm
     One to five members that join, leave and are killed, over 12 partitions: ``SOAK_STORM_MINUTES`` (20).
 mixed
-    The storm, frozen members, broker outages, a storage nobody can write to, beside a member that lives through all of
-    it: ``SOAK_MINUTES`` (20).
+    The storm, frozen members, broker outages, a storage nobody can write to across a rebalance, and a network that
+    loses answers and is slow, beside a member that lives through all of it: ``SOAK_MINUTES`` (20).
 
 And then on one of three nodes, at-least-once and exactly-once at the same time:
 
@@ -37,23 +43,32 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import chain, cycle, groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import chaos_plan
+import rewrites
 import storage_model
 from brokers import RETURNS_QUICKLY, Broker, maven_broker
-from chaos_plan import Plan
+from chaos_plan import Delivery, Plan
 from fleet import Findings, Fleet, fleet_stage
 from leadership import Leadership
+from load import PARTITIONS
+from proxy import Proxy, proxied_broker
+from stages import set_up
 
-DELIVERIES = ("at-least-once", "exactly-once")
+DELIVERIES: tuple[Delivery, ...] = ("at-least-once", "exactly-once")
 
 KILLS_OF_AN_EPISODE = 50
+REWRITE_KILLS_OF_AN_EPISODE = 10
+"""Every one is about 70 MB of payloads, which the ledger holds in memory, and the broker on its disk."""
+
 EPISODE_SECONDS = 300.0
 """Long enough for a tendency of memory, short enough for its ledger to be held in memory itself."""
 
@@ -68,6 +83,7 @@ SURVIVOR = 99
 
 MUST_HAPPEN = {
     "operations": ("before", "after", "late", "killed", "taken for dead", "refused", "called off"),
+    "key order": ("kills with work left", "operations finished above a gap at a kill", "objects deleted at last"),
     "kills": (
         "kills with work left",
         "kills of a member at work",
@@ -102,6 +118,9 @@ MUST_HAPPEN = {
         "transactions given up",
         "members with a tendency of memory",
         "members with whole permits at the end",
+        "releases: timeout",
+        *(f"answers lost: {request}" for request in sorted({*chain(*chaos_plan.ANSWERED_REQUESTS.values())})),
+        "output slow and work held back by nothing else",
     ),
     "leaders": (
         "broker: stop",
@@ -124,9 +143,11 @@ class Part:
     """One part of the soak."""
 
     name: str
-    episodes: Sequence[Callable[[int], Plan]]
-    """How to draw the plan of each."""
-    partitions: int
+    episodes: Sequence[Callable[[int], Plan]] = ()
+    """How to draw the plan of each that a fleet plays."""
+    partitions: int = PARTITIONS
+    proxied: bool = False
+    """Whether its members go through the proxy."""
     survivor: bool = False
     nodes: int = 1
     """Of the Apache Kafka it is played on; where there are several, it is watched who leads what."""
@@ -137,22 +158,30 @@ class Part:
 
 
 def parts() -> Iterator[Part]:
-    """What was asked for."""
+    """What was asked for of fleets."""
     kills = int(os.environ.get("SOAK_KILLS") or 500)
     storm = float(os.environ.get("SOAK_STORM_MINUTES") or 20) * 60
     mixed = float(os.environ.get("SOAK_MINUTES") or 20) * 60
     leaders = float(os.environ.get("SOAK_LEADER_MINUTES") or 5) * 60
     if kills:
-        sizes = [min(KILLS_OF_AN_EPISODE, kills - done) for done in range(0, kills, KILLS_OF_AN_EPISODE)]
-        yield Part("kills", [partial(chaos_plan.kills, rounds=size) for size in sizes], partitions=4)
+        sizes = divided(kills, KILLS_OF_AN_EPISODE)
+        yield Part("kills", [partial(chaos_plan.kills, rounds=size) for size in sizes])
     if storm:
         yield Part("storm", [partial(chaos_plan.storm, seconds=each) for each in in_episodes(storm)], partitions=12)
     if mixed:
-        plans = [partial(chaos_plan.mixed, seconds=each) for each in in_episodes(mixed)]
-        yield Part("mixed", plans, partitions=12, survivor=True)
+        plans = [
+            partial(chaos_plan.mixed, seconds=each, delivery=delivery)
+            for each, delivery in zip(in_episodes(mixed), cycle(DELIVERIES), strict=False)
+        ]
+        yield Part("mixed", plans, partitions=12, proxied=True, survivor=True)
     if leaders:
         plans = [partial(chaos_plan.leaders, seconds=each) for each in in_episodes(leaders, 1)]
-        yield Part("leaders", plans, partitions=4, nodes=3, together=True)
+        yield Part("leaders", plans, nodes=3, together=True)
+
+
+def divided(kills: int, most: int) -> list[int]:
+    """Divide *kills* into episodes of *most* at the most."""
+    return [min(most, kills - done) for done in range(0, kills, most)]
 
 
 def in_episodes(seconds: float, in_turn: int = len(DELIVERIES)) -> list[float]:
@@ -174,17 +203,62 @@ def play_operations(part: Part, seed: int) -> None:
     say(f"--- {time.monotonic() - began:.0f} s")
 
 
-def play(part: Part, number: int, seed: int, broker: Broker, folder: Path) -> None:
-    """Play one episode and remember what it has shown; the folder of one without fault is removed."""
+def play_key_order(part: Part, kills: int, seed: int, folder: Path) -> None:
+    """Play all episodes of it."""
+    place = folder / "broker-key-order"
+    place.mkdir()
+    with maven_broker(place) as broker:
+        sizes = divided(kills, REWRITE_KILLS_OF_AN_EPISODE)
+        for number, (size, delivery) in enumerate(zip(sizes, cycle(DELIVERIES), strict=False)):
+            own = own_seed(seed, part, number)
+            say(f"\n==> {part.name}, episode {number + 1} of {len(sizes)}, {delivery}, seed {own}, {size} kills")
+            episode = folder / f"key-order-{number}"
+            episode.mkdir()
+            stage = set_up(broker, episode, PARTITIONS, PARTITIONS, delivery=delivery, **rewrites.SETTINGS)
+            began = time.monotonic()
+            try:
+                findings = rewrites.play(stage, size, own, delivery)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the other episodes can still tell something
+                part.wrong.append(f"episode {number + 1}: {error!r}")
+                say(f"WRONG: {type(error).__name__}: {error}")
+                continue
+            finally:
+                stage.put_down()
+                for topic in (stage.ledger.input, stage.ledger.output):
+                    broker.delete_topic(topic)
+            say(f"--- {time.monotonic() - began:.0f} s")
+            remember(part, number, episode, {delivery: findings})
+
+
+def own_seed(seed: int, part: Part, number: int) -> int:
+    """Return the seed of one episode."""
+    return random.Random(f"{seed}/{part.name}/{number}").randrange(10**6)
+
+
+def remember(part: Part, number: int, folder: Path, findings: Mapping[Delivery, Findings]) -> None:
+    """Tell and keep what an episode has shown; the folder of one without fault is removed."""
+    for delivery, found in findings.items():
+        say(f"{delivery}\n{found.report()}")
+        part.happened.update(found.happened)
+        part.wrong += [f"episode {number + 1}, {delivery}: {text}" for text in found.wrong]
+    if not any(found.wrong for found in findings.values()):
+        shutil.rmtree(folder)
+
+
+def play(part: Part, number: int, seed: int, broker: Broker, proxy: Proxy | None, folder: Path) -> None:
+    """Play one episode and remember what it has shown."""
+    through = proxy if part.proxied else None
     deliveries = DELIVERIES if part.together else DELIVERIES[number % 2 :][:1]
     say(f"\n==> {part.name}, episode {number + 1} of {len(part.episodes)}, {', '.join(deliveries)}, seed {seed}")
     stages = []
     for delivery in deliveries:
         own = folder / delivery
         own.mkdir(parents=True)
+        settings: dict[str, Any] = {"kafka": {"bootstrap_servers": [f"127.0.0.1:{through.port}"]}} if through else {}
         # One attempt, so that a member hears of a storage that is held before it is stopped or killed in its turn.
-        stages.append(fleet_stage(broker, own, partitions=part.partitions, delivery=delivery, retry={"attempts": 1}))
-    fleets = [Fleet(stage, rate=RATE / len(stages), say=say) for stage in stages]
+        settings["retry"] = {"attempts": 1}
+        stages.append(fleet_stage(broker, own, partitions=part.partitions, delivery=delivery, **settings))
+    fleets = [Fleet(stage, rate=RATE / len(stages), proxy=through, say=say) for stage in stages]
     leadership = Leadership(broker, stages) if part.nodes > 1 else None
     began = time.monotonic()
     try:
@@ -199,15 +273,23 @@ def play(part: Part, number: int, seed: int, broker: Broker, folder: Path) -> No
         part.happened.update(leadership.moves if leadership else ())
         for stage in stages:
             stage.put_down()
+        if through is not None:
+            through.heal()
         for node in broker.nodes:
             node.bring_back()
     say(f"--- {time.monotonic() - began:.0f} s")
-    for delivery, found in zip(deliveries, findings, strict=True):
-        say(f"{delivery}\n{found.report()}")
-        part.happened.update(found.happened)
-        part.wrong += [f"episode {number + 1}, {delivery}: {text}" for text in found.wrong]
-    if not any(found.wrong for found in findings):
-        shutil.rmtree(folder)
+    remember(part, number, folder, dict(zip(deliveries, findings, strict=True)))
+
+
+@contextmanager
+def cluster(place: Path, nodes: int) -> Iterator[tuple[Broker, Proxy | None]]:
+    """Run Apache Kafka of so many nodes; before one that is alone there is a proxy."""
+    if nodes == 1:
+        with proxied_broker(place) as both:
+            yield both
+    else:
+        with maven_broker(place, RETURNS_QUICKLY, nodes=nodes, java_settings=SMALL_HEAP) as broker:
+            yield broker, None
 
 
 def played(plan: Plan, fleets: list[Fleet], leadership: Leadership | None, *, survivor: bool) -> list[Findings]:
@@ -245,19 +327,21 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="tierstream-soak-"))
     played: list[Part] = []
     if os.environ.get("SOAK_OPERATIONS") != "0":
-        played.append(Part("operations", [], partitions=0))
+        played.append(Part("operations"))
         play_operations(played[0], seed)
+    rewritten = int(os.environ.get("SOAK_REWRITE_KILLS") or 100)
+    if rewritten:
+        played.append(Part("key order"))
+        play_key_order(played[-1], rewritten, seed, folder)
     fleets = list(parts())
     played += fleets
     for nodes, asked in groupby(fleets, key=attrgetter("nodes")):
         place = folder / f"broker-{nodes}"
         place.mkdir()
-        settings, java_settings = (RETURNS_QUICKLY, SMALL_HEAP) if nodes > 1 else ({}, ())
-        with maven_broker(place, settings, nodes=nodes, java_settings=java_settings) as broker:
+        with cluster(place, nodes) as (broker, proxy):
             for part in asked:
                 for number in range(len(part.episodes)):
-                    own = random.Random(f"{seed}/{part.name}/{number}").randrange(10**6)
-                    play(part, number, own, broker, folder / f"{part.name}-{number}")
+                    play(part, number, own_seed(seed, part, number), broker, proxy, folder / f"{part.name}-{number}")
     wrong = [f"{part.name}, {text}" for part in played for text in part.wrong]
     for part in played:
         missing = [what for what in MUST_HAPPEN[part.name] if not part.happened[what]]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from bigtable_emulator import Emulator
-from brokers import Broker, apache_source, maven_broker, tail, unused_port
+from brokers import Broker, apache_source, tail
 from clouds import Clouds
 from gcs_servers import NewBucket
-from proxy import Proxy
+from proxy import Proxy, proxied_broker
 from stages import RESPONSE_BYTES, SetStage, Stage, set_up
 
 
@@ -106,13 +106,8 @@ def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Broker, 
     """Apache Kafka, of its own, and the proxy before its second listener; its first one is reached directly."""
     if apache_source() != "maven":
         pytest.skip("needs an Apache Kafka with settings of its own: java and mvn")
-    port = unused_port()
-    proxy = Proxy(port)
-    try:
-        with maven_broker(tmp_path_factory.mktemp("proxied"), proxied=(port, proxy.port)) as broker:
-            yield broker, proxy
-    finally:
-        proxy.close()
+    with proxied_broker(tmp_path_factory.mktemp("proxied")) as both:
+        yield both
 
 
 def _show_logs(request: pytest.FixtureRequest, stage: Stage) -> None:

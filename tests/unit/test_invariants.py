@@ -13,7 +13,7 @@ import chaos_plan
 import wire
 from brokers import Broker
 from chaos_plan import Action, Plan
-from fleet import MEMORY_SAMPLES_MIN, Fleet, Member, growth_of, has_tendency
+from fleet import DRAIN_SECONDS, MEMORY_SAMPLES_MIN, Fleet, Member, growth_of, has_tendency
 from group_history import Commit, GroupHistory, parse
 from invariants import (
     Arrival,
@@ -35,6 +35,10 @@ from invariants import (
 )
 from ledger import Answer, Content, Entry, Headers, Ledger, Reader
 from load import Load, payload_of, read_back
+from proxy import REQUESTS
+
+SESSION_SECONDS = 6.0
+"""Of the members of a fleet."""
 
 ARRIVALS = [Arrival(0, offset, 100) for offset in range(4)]
 REPLIES = [Reply(0, 0, 110), Reply(0, 2, 120), Reply(0, 1, 130), Reply(0, 3, 140)]
@@ -495,6 +499,7 @@ PLANS: dict[str, Callable[[int], Plan]] = {
     "leaders": lambda seed: chaos_plan.leaders(seed, 300),
     "storm": lambda seed: chaos_plan.storm(seed, 120),
     "mixed": lambda seed: chaos_plan.mixed(seed, 600),
+    "mixed exactly-once": lambda seed: chaos_plan.mixed(seed, 600, delivery="exactly-once"),
 }
 
 
@@ -530,7 +535,7 @@ class TestPlans:
                         frozen.add(action.member)
                     case "thaw":
                         frozen.remove(action.member)
-                    case "hold storage" | "stop broker" | "kill broker" | "freeze broker":
+                    case "hold storage" | "stop broker" | "kill broker" | "freeze broker" | "slow output":
                         what = action.kind.rpartition(" ")[2]
                         assert what not in away
                         away.add(what)
@@ -540,6 +545,8 @@ class TestPlans:
                         away.remove("broker")
                     case "sync brokers":
                         assert not away
+                    case "lose answer":
+                        assert action.request in REQUESTS
                     case _:
                         away.remove(action.kind.rpartition(" ")[2])
             assert there
@@ -560,11 +567,45 @@ class TestPlans:
     def test_ten_minutes_of_everything_hold_everything(self) -> None:
         everything = {
             *("start", "kill", "bury", "stop", "freeze", "thaw", "stop broker", "kill broker", "freeze broker"),
-            *("start broker", "thaw broker", "hold storage", "release storage"),
+            *("start broker", "thaw broker", "hold storage", "release storage", "lose answer"),
+            *("slow output", "quick output"),
         }
         drawn = [{action.kind for action in chaos_plan.mixed(seed, 600)} for seed in range(20)]
 
         assert all(kinds == everything for kinds in drawn)
+
+    @pytest.mark.parametrize("delivery", chaos_plan.ANSWERED_REQUESTS)
+    def test_five_minutes_of_everything_lose_every_answer_there_is_to_members_of_this_kind_and_no_other(
+        self, delivery: chaos_plan.Delivery
+    ) -> None:
+        asked = set(chaos_plan.ANSWERED_REQUESTS[delivery])
+        plans = [chaos_plan.mixed(seed, 300, delivery=delivery) for seed in range(50)]
+
+        assert all({action.request for action in plan if action.kind == "lose answer"} == asked for plan in plans)
+        assert all(not action.request for plan in plans for action in plan if action.kind != "lose answer")
+
+    def test_a_storage_is_held_while_a_drain_that_somebody_causes_runs_out_of_time(self) -> None:
+        """Somebody comes or goes early enough: a dead one is missed after a session, and a drain takes what it may."""
+        held = 0
+        for seed in range(50):
+            now, holding, causes = 0.0, -1.0, [0.0]
+            for action in chaos_plan.mixed(seed, 900):
+                now += action.wait
+                if action.kind == "hold storage":
+                    holding, causes = now, []
+                elif action.kind in {"start", "kill", "stop"}:
+                    causes.append(now)
+                elif action.kind == "release storage" and now < 899:  # else the plan's end has cut it short
+                    assert holding <= causes[0] <= now - SESSION_SECONDS - DRAIN_SECONDS
+                    held += 1
+        assert held > 100
+
+    def test_kills_lie_so_far_apart_that_as_much_as_asked_is_answered_before_the_last_one(self) -> None:
+        for seed in range(20):
+            near, far = chaos_plan.kills(seed, 20), chaos_plan.kills(seed, 20, records=40_000)
+            assert [replace(action, answers=0) for action in far] == [replace(action, answers=0) for action in near]
+            assert 40_000 <= sum(action.answers for action in far) < 40_000 + len(far)
+            assert chaos_plan.kills(seed, 20, records=1) == near, "they need not"
 
     def test_every_node_of_a_cluster_meets_every_fault_in_nine_rounds_and_has_caught_up_before_the_next(self) -> None:
         for seed in range(20):
@@ -583,4 +624,5 @@ class TestPlans:
         assert sum(action.kind == "sync brokers" for action in chaos_plan.leaders(1, 0)) == 3
 
     def test_a_timeline_reads_like_one(self) -> None:
-        assert [str(Action("kill", 2)), str(Action("stop broker"))] == ["kill 2", "stop broker"]
+        actions = [Action("kill", 2), Action("stop broker"), Action("lose answer", request="EndTxn")]
+        assert [str(action) for action in actions] == ["kill 2", "stop broker", "lose answer to EndTxn"]
