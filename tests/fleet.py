@@ -618,7 +618,8 @@ class Fleet:
         exactly_once = stage.config.get("delivery") == "exactly-once"
         # In every partition, as nobody here believes what the service says of whose it was.
         window = 0 if exactly_once else WINDOW * ledger.partition_count
-        no_commits = [*self._current_outages(), *self._no_commits]
+        # While output is slow, what was written may have arrived long before its sender hears of it and can commit.
+        no_commits = [*self._current_outages(), *self._slow, *self._no_commits]
         repeats, letter_repeats = (
             unexplained(repeats_of(found), commits, self.faults, window=window, no_commits=no_commits)
             for found in (replies, letters)
