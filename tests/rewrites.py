@@ -115,7 +115,9 @@ def play(stage: Stage, rounds: int, seed: int, delivery: Delivery) -> Findings:
     ledger.wait_answered(seconds=PUMP_SECONDS)
     written = operations_by_object(ledger)
     reads: dict[Name, list[Entry]] = {}
-    for some in in_portions(rewrites.last, OBJECTS_OF_A_ROUND):  # their payloads stand in the responses
+    # Their payloads stand in the responses: with all of them waiting, hundreds of megabytes, one fetch is larger than
+    # what the ledger's reader can take over in one of its short looks, and is thrown away again and again.
+    for some in in_portions(rewrites.last, OBJECTS_OF_A_ROUND):
         for partition, name in some:
             reads[partition, name] = ledger.operate("get", name, statuses={200, 404}, partition=partition, wait=False)
         ledger.flush()
