@@ -64,7 +64,7 @@ bench-storage: $(VENV)/.dev-ready ## what storage takes, beside a bare loop over
 	@echo "==> measuring storage"
 	PYTHONPATH=tests $(PY) tests/storage_bench.py $(BENCH_ARGS)
 
-bench-growth: $(VENV)/.dev-ready ## how cost grows with partitions, window, payload, distance, processes; latency at half load
+bench-growth: $(VENV)/.dev-ready ## how cost grows with partitions, window, payload, distance, poison, processes; latency at half load
 	@echo "==> measuring growth"
 	PYTHONPATH=tests $(PY) tests/growth_bench.py $(BENCH_ARGS)
 

@@ -37,7 +37,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from typing import Literal, Protocol, TypeAlias
@@ -94,14 +94,21 @@ POISON_RUN = 256
 """Poison records in a row after which a partition makes way for the others. Less is no flood, and costs them little."""
 
 POISON_STEP = 64
-OPERATIONS_PER_POISON = 6
-"""Of a flood, so many records are worked off, then the others come: six operations each. A poison record costs about
-as much as an operation, for it is written twice, so a partition of nothing but poison takes a seventh of the CPU, and
-leaves its neighbours more than 80 % of their speed. Counted in operations, and not in time, it is the same on every
-machine."""
+OPERATIONS_PER_POISON = 12
+"""Of a flood, so many records are worked off, then the others come: twelve operations each. A poison record costs up to
+two operations of the cheapest kind, for it is written twice, and in batches of this size; so a partition of nothing but
+poison takes a seventh of the CPU at most, and leaves its neighbours more than 80 % of their speed (docs/growth.md).
+Several of them take no more together. Counted in operations, and not in time, it is the same on every machine."""
+
+POISON_BYTES = 8192
+"""A poison record counts once more for each of them: they are fetched, packed and written again."""
 
 POISON_PAUSE_SECONDS = 0.002
 """How long to see whether the others have something to do at all; if not, a flood is worked off at 32,000 a second."""
+
+POISON_PAUSES_IDLE = 5
+"""So often in a row nothing has begun, and nothing is in flight, until the others count as idle: 10 ms. Who has much to
+read waits for less between two fetches."""
 
 POISON_PAUSES_MAX = 25
 """So often they are waited for though none has begun an operation, where some are in flight: 50 ms. A group of durable
@@ -180,6 +187,8 @@ class Pipeline:
     """How many poison records a partition may have."""
     suspects: Suspects | None = None
     """Knows the records that have ended a process while they were decoded; None = nobody does."""
+    floods: set[Assignment] = field(default_factory=set)
+    """Those that make way for the others just now."""
 
     def lanes(self, partition: int) -> tuple[Lane, Lane | None]:
         """Return the shared lanes for responses and dead letters of an input partition."""
@@ -229,6 +238,8 @@ class Assignment:
 
     starving_since: float | None = None
     """Monotonic time since when there is no window and something to read, or nobody has told that there is not."""
+    _quiet = _begun_by_all = 0
+    """Pauses in a row in which nobody began an operation, and how many had been begun then."""
     _awaited: Callable[[], Awaitable[object]] | None = None
     """What the next record, or what comes of it, waits for; None where there will be none."""
     _source: str | None = None
@@ -522,7 +533,7 @@ class Assignment:
         gauge, note, read_bytes = self._gauge, self._note, pipeline.read_bytes
         derive_keys = pipeline.derive_keys
         slots, condemned = (None, frozenset()) if note is None else (note.slots, note.condemned)
-        flood = 0
+        flood, makes_way_at = 0, POISON_RUN
         while not self._ending and self.poison_limit is None and not (self._giving_up and not buffer):
             chunk = self._next_chunk()
             if not self.fetching and len(buffer) <= BUFFER_RECORDS_RESUME:
@@ -563,13 +574,14 @@ class Assignment:
                     assert decoded.error is not None
                     counts.poison += 1
                     pipeline.counts.poison[decoded.error.code] += 1
-                    flood += 1
-                    if flood >= POISON_RUN and flood % POISON_STEP == 0:
+                    flood += 1 + entry.size // POISON_BYTES
+                    if flood >= makes_way_at:
+                        makes_way_at = flood + POISON_STEP
                         self._awaited = self._make_way
                         yield None
                     yield offset, decoded.error
                     continue
-                flood = 0
+                flood, makes_way_at = 0, POISON_RUN
                 counts.operations += 1
                 if operation.kind == "get":
                     if not budget.reserve_read_nowait(read_bytes):
@@ -601,17 +613,24 @@ class Assignment:
         self._poisoned(self)
 
     async def _make_way(self) -> None:
-        """Let the other partitions run their share of operations, as long as they have some to run, or in flight."""
-        kinds = self._pipeline.counts.operations.values()
+        """Let the other partitions run their share of operations, as long as they have some to run, or in flight.
+
+        Each of several floods lets them run as much for each of the others, too.
+        """
+        kinds, floods = self._pipeline.counts.operations.values(), self._pipeline.floods
         began = now = sum([kind.started for kind in kinds])
-        quiet = 0
-        while now - began < POISON_STEP * OPERATIONS_PER_POISON and quiet < POISON_PAUSES_MAX and not self._ending:
-            before = now
-            await asyncio.sleep(POISON_PAUSE_SECONDS)
-            now = sum([kind.started for kind in kinds])
-            quiet = quiet + 1 if now == before else 0
-            if quiet and now == sum([kind.ended for kind in kinds]):
-                return
+        floods.add(self)
+        try:
+            while now - began < POISON_STEP * OPERATIONS_PER_POISON * len(floods) and not self._ending:
+                await asyncio.sleep(POISON_PAUSE_SECONDS)
+                now = sum([kind.started for kind in kinds])
+                self._quiet = self._quiet + 1 if now == self._begun_by_all else 0
+                self._begun_by_all = now
+                in_flight = now - sum([kind.ended for kind in kinds])
+                if self._quiet >= (POISON_PAUSES_MAX if in_flight else POISON_PAUSES_IDLE):
+                    return
+        finally:
+            floods.discard(self)
 
     async def _ask(self, registry: SchemaRegistry, schema_id: str) -> None:
         """Wait until the registry has told what the schema is, or the assignment ends."""

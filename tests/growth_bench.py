@@ -7,10 +7,12 @@
    reason beside it.
 4. *Distance*: what one commit takes where one record is stuck and every second one above it is finished, the worst an
    offset map can be, timed in this process; and over the records that the service works off between two commits.
-5. *Processes*: a sqlite tier, as memory is nobody else's, under ``runtime.processes``. CPU and memory of all together.
+5. *Poison*: how fast one partition is beside another that holds nothing but poison, and how fast where that one is
+   empty; with a tier in memory and with sqlite. With a share of a core, as below, so that only the process decides.
+6. *Processes*: a sqlite tier, as memory is nobody else's, under ``runtime.processes``. CPU and memory of all together.
    Once with what the machine has, and once (*cores*; takes root and control groups) with a share of a core for each
    process, so small that broker and processes never want more than there is.
-6. *Latency at half load*: records are produced at half of the rate that the service has just reached, one by one; from
+7. *Latency at half load*: records are produced at half of the rate that the service has just reached, one by one; from
    the time at which the broker has a record to that at which it has its response, both by the broker's clock. In turns
    with it, the same for :mod:`echo_loop`, which does nothing but answer: what broker, client and machine take by
    themselves. How late the producer was, and what other processes took of the cores, stands beside it: either is a
@@ -95,7 +97,11 @@ class Row:
     reason: str = ""
     cores: float | None = None
     """What its processes may take together; None: what they get."""
+    poison: int | None = None
+    """Records in one partition more, which is not timed, that are no operations; None: there is no such partition."""
     runs: list[Run] = field(default_factory=list)
+    answered_beside: list[int] = field(default_factory=list)
+    """How many records of *poison* each run answered."""
 
     def median(self, quantity: str) -> float:
         """Return the middle of the runs."""
@@ -138,38 +144,74 @@ def say(text: str) -> None:
 
 async def filled(bootstrap: str, topic: str, partitions: int, records: int, payload_bytes: int) -> str:
     """Create *topic* with inserts, as many in each partition."""
-    await bench._create(bootstrap, [topic], partitions)
+    return await filled_beside(bootstrap, topic, partitions, records, payload_bytes, ())
+
+
+async def filled_beside(
+    bootstrap: str, topic: str, partitions: int, records: int, payload_bytes: int, poison: Sequence[int]
+) -> str:
+    """Create *topic* with inserts, as many in each partition, and one partition more for each number in *poison*.
+
+    These have so many records of the same size that are no operations, as their last byte is missing.
+    """
+    await bench._create(bootstrap, [topic], partitions + len(poison))
     payload, context = os.urandom(payload_bytes), ObjectContext("bench")
     producer = AIOKafkaProducer(
         bootstrap_servers=bootstrap, max_batch_size=4 * 1024 * 1024, max_request_size=8 * 1024 * 1024
     )
     await producer.start()
     try:
-        for partition in range(partitions):
+        for partition in range(partitions + len(poison)):
+            numbers = range(partition, records, partitions)
+            if partition >= partitions:
+                numbers = range(poison[partition - partitions])
             batch = producer.create_batch()
-            for number in range(partition, records, partitions):
+            for number in numbers:
                 key = f"object-{number % OBJECTS}"
                 value = encode_operation(Insert(context, key, DEFAULT_METADATA, payload), None)
+                if partition >= partitions:
+                    value = value[:-1]
                 now = time.time_ns() // 1_000_000
                 while batch.append(key=key.encode(), value=value, timestamp=now) is None:
                     await (await producer.send_batch(batch, topic, partition=partition))
                     batch = producer.create_batch()
-            await (await producer.send_batch(batch, topic, partition=partition))
+            if batch.record_count():
+                await (await producer.send_batch(batch, topic, partition=partition))
     finally:
         await producer.stop()
     return topic
 
 
 async def run(bootstrap: str, folder: Path, row: Row, number: int) -> Run:
-    """Run the service once over the records of *row*."""
+    """Run the service once over the records of *row*.
+
+    Raises:
+        BenchFailure: the poison beside them ran out.
+    """
     output = f"{row.topic}-{row.name.replace(' ', '')}-{number}"
-    await bench._create(bootstrap, [output], row.partitions)
+    await bench._create(bootstrap, [output], row.partitions + (row.poison is not None))
     config = configured(bootstrap, folder, row, output)
     command = [sys.executable, "-m", "consumer", "run", "--config", str(config)]
     with limited(command, row.cores) as command:
         made = await bench._timed(command, folder / f"{output}.log", bootstrap, output, row.records, row.partitions)
+    if row.poison:
+        answered = await end_of(bootstrap, TopicPartition(output, row.partitions))
+        if answered >= row.poison:
+            raise bench.BenchFailure(f"{row.name}: no poison was left at the end")
+        row.answered_beside.append(answered)
     say(f"{row.name:>26}: {made.records_per_second:9,.0f}/s {made.cpu_microseconds:7.1f} us {made.rss_mib:6.0f} MiB")
     return made
+
+
+async def end_of(bootstrap: str, partition: TopicPartition) -> int:
+    """Return where *partition* ends."""
+    client = AIOKafkaConsumer(bootstrap_servers=bootstrap)
+    await client.start()
+    try:
+        end: int = (await client.end_offsets([partition]))[partition]
+        return end
+    finally:
+        await client.stop()
 
 
 @contextmanager
@@ -223,6 +265,15 @@ def latency(milliseconds: int) -> dict[str, Any]:
     return {"high_volume": {"type": "memory", "latency": f"{milliseconds}ms"}}
 
 
+def on_disk(folder: Path, name: str) -> dict[str, Any]:
+    """Return tiers of their own on the disk."""
+    return {
+        "high_volume": {"type": "sqlite", "path": str(folder / f"{name}.sqlite")},
+        "long_term": {"type": "filesystem", "path": str(folder / f"{name}-files")},
+        "change_log": {"type": "sqlite", "path": str(folder / f"{name}-log.sqlite")},
+    }
+
+
 async def by_partitions(bootstrap: str, _folder: Path) -> Part:
     """The same records in more and more partitions."""
     rows = []
@@ -272,12 +323,7 @@ async def by_processes(bootstrap: str, folder: Path, cores: float | None = None)
     topic = await filled(bootstrap, kind, PARTITIONS, RECORDS, 1024)
     rows = []
     for count in (1, 2):
-        tiers: dict[str, Any] = {
-            "high_volume": {"type": "sqlite", "path": str(folder / f"{kind}-{count}.sqlite")},
-            "long_term": {"type": "filesystem", "path": str(folder / f"{kind}-{count}-files")},
-            "change_log": {"type": "sqlite", "path": str(folder / f"{kind}-{count}-log.sqlite")},
-        }
-        sections = {"storage": tiers, "runtime": {"processes": count}}
+        sections = {"storage": on_disk(folder, f"{kind}-{count}"), "runtime": {"processes": count}}
         together = None if cores is None else count * cores
         rows.append(Row(f"{count}", topic, PARTITIONS, RECORDS, sections, cores=together))
     if cores is None:
@@ -285,6 +331,27 @@ async def by_processes(bootstrap: str, folder: Path, cores: float | None = None)
         return Part(name, "A sqlite tier; CPU and memory of all processes together.", rows, 0)
     says = f"The same, but each process may take {cores} of a core, so that the broker leaves them what they may take."
     return Part(name, says, rows, 0)
+
+
+async def beside_poison(bootstrap: str, folder: Path) -> list[str]:
+    """One partition beside an empty one, and beside one of nothing but poison; in memory, and on a disk."""
+    lines: list[str] = []
+    for kind in ("memory", "sqlite"):
+        rows = []
+        for name, poison in (("an empty one", 0), ("nothing but poison", RECORDS // 2)):
+            topic = await filled_beside(bootstrap, f"poison-{kind}-{poison}", 1, RECORDS, 1024, [poison])
+            await bench._create(bootstrap, [f"{topic}-dead"], 2)
+            sections: dict[str, Any] = {"dead_letter": {"topic": f"{topic}-dead"}}
+            if kind == "sqlite":
+                sections["storage"] = on_disk(folder, topic)
+            rows.append(Row(name, topic, 1, RECORDS, sections, cores=PROCESS_CORES, poison=poison))
+        says = f"{RECORDS:,} inserts of 1 KiB in one partition, beside another one; {PROCESS_CORES} of a core."
+        part = Part(f"Beside poison, {kind}", says, rows, 0)
+        await interleaved(bootstrap, folder, rows)
+        share = RECORDS / statistics.median(rows[1].answered_beside)
+        rows[1].reason = f"{share:.1f} operations for each poison record, which is answered and dead-lettered"
+        lines += part.table()
+    return lines
 
 
 async def by_distance(_bootstrap: str, _folder: Path) -> list[str]:
@@ -487,6 +554,7 @@ PARTS: dict[str, Callable[[str, Path], Awaitable[list[str]]]] = {
     "window": partial(compared, make=by_window),
     "payload": partial(compared, make=by_payload),
     "distance": by_distance,
+    "poison": beside_poison,
     "processes": partial(compared, make=by_processes),
     "cores": partial(compared, make=partial(by_processes, cores=PROCESS_CORES)),
     "latency": latencies,

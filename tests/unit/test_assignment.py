@@ -16,6 +16,13 @@ from typing import Any
 import pytest
 
 from consumer import assignment as assignment_module
+from consumer.assignment import (
+    OPERATIONS_PER_POISON,
+    POISON_BYTES,
+    POISON_RUN,
+    POISON_STEP,
+    RECORD_OVERHEAD_BYTES,
+)
 from consumer.codec import Decoded, OperationDecoder
 from consumer.errors import BackendError, BackendUnavailable
 from consumer.ids import ObjectId
@@ -679,31 +686,64 @@ class WatchingDecoder:
 class TestFlood:
     """A partition of nothing but poison beside others."""
 
-    @pytest.mark.parametrize("turns", [1, 10])
-    async def test_it_leaves_a_healthy_neighbour_four_fifths_of_all_that_is_done(
-        self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch, turns: int
+    @pytest.mark.parametrize(
+        ("turns", "bursts", "size"), [(1, False, 0), (10, False, 0), (1, True, 0), (1, False, 40_000)]
+    )
+    async def test_it_leaves_a_healthy_neighbour_twelve_operations_for_each_record_of_its_own(
+        self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch, turns: int, bursts: bool, size: int
     ) -> None:
-        """Contract 4: counted in records, while both have as many as they can take; a fair half is too much here.
+        """Contract 6: counted in records, while both have as many as they can take; a fair half is too much here.
 
-        Also where storage answers in groups, as durable writes do: between two of them nothing begins.
+        Also where storage answers in groups, as durable writes do, or where there is a gap between two fetches: in
+        either nothing begins for a while. A large record counts for more.
         """
         monkeypatch.setattr(assignment_module, "POISON_PAUSE_SECONDS", 0.0)
         place = make(StorageThatTakesTurns(turns), limit=100)
         place.responses.acknowledge_always()
         place.dead_letters.acknowledge_always()
         healthy, flooded = place.assign(0, 50), place.assign(1, 50)
-        good, bad = fetched("head", 0).value, poison(0).value
+        good, bad = fetched("head", 0).value, (poison(0).value or b"") + bytes(size)
+        weight = 1 + (RECORD_OVERHEAD_BYTES + len(bad)) // POISON_BYTES
 
         while healthy.watermark < 10_000:
             for assignment, value in ((healthy, good), (flooded, bad)):
-                if assignment.snapshot(())["buffered"] < 500:
+                if assignment is healthy and bursts:
+                    wanted = assignment.watermark == assignment.cursor
+                else:
+                    wanted = assignment.snapshot(())["buffered"] < 500
+                if wanted:
                     first = assignment.cursor
                     assignment.receive([Fetched(offset, value) for offset in range(first, first + 500)])
             await asyncio.sleep(0)
 
-        done = healthy.watermark + flooded.watermark
-        assert flooded.watermark > 500, "it goes on all the same"
-        assert healthy.watermark >= 0.8 * done
+        turns_of_its_own = healthy.watermark / (POISON_STEP * OPERATIONS_PER_POISON)
+        worked_off = flooded.watermark * weight
+        assert worked_off >= POISON_STEP * turns_of_its_own / 2, "it goes on all the same"
+        assert worked_off <= POISON_RUN + (POISON_STEP + weight) * (turns_of_its_own + 1)
+
+    async def test_several_of_them_take_no_more_than_one(
+        self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Contract 6: three floods wait three times as long, each."""
+        monkeypatch.setattr(assignment_module, "POISON_PAUSE_SECONDS", 0.0)
+        place = make(StorageThatTakesTurns(), limit=100)
+        place.responses.acknowledge_always()
+        place.dead_letters.acknowledge_always()
+        healthy, *flooded = [place.assign(number, 20) for number in range(4)]
+        good, bad = fetched("head", 0).value, poison(0).value
+
+        while healthy.watermark < 10_000:
+            for assignment in (healthy, *flooded):
+                if assignment.snapshot(())["buffered"] < 500:
+                    first = assignment.cursor
+                    value = good if assignment is healthy else bad
+                    assignment.receive([Fetched(offset, value) for offset in range(first, first + 500)])
+            await asyncio.sleep(0)
+
+        turns = healthy.watermark / (POISON_STEP * OPERATIONS_PER_POISON)
+        worked_off = [one.watermark for one in flooded]
+        assert sum(worked_off) <= len(flooded) * (POISON_RUN + POISON_STEP) + POISON_STEP * (turns + 1) * 1.1
+        assert min(worked_off) >= POISON_RUN + POISON_STEP * turns / len(flooded) / 2, "none of them stands still"
 
     async def test_alone_it_waits_for_nobody(self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nobody else has anything to do."""
@@ -755,7 +795,7 @@ class TestFlood:
 
         assert draining.result()
         assert flooded.watermark < 2_000
-
+        assert place.pipeline.floods == set(), "nobody waits for it any more"
 
     async def test_storage_that_is_away_does_not_stop_it(
         self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch
@@ -880,7 +920,6 @@ class TestOrdering:
         place.dead_letters.acknowledge(1)
         assert assignment.watermark == 4
         assert decode(assignment.offset_map, committed_offset=4, cluster_id="cluster", end=None).finished == ((5, 5),)
-
 
     async def test_the_map_of_a_transaction_leaves_nothing_out(self, make: MakeWorkplace) -> None:
         """I2: what it carries is answered for good; whoever owns the partition next must not answer it again."""
