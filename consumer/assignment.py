@@ -100,8 +100,9 @@ two operations of the cheapest kind, for it is written twice, and in batches of 
 poison takes a seventh of the CPU at most, and leaves its neighbours more than 80 % of their speed (docs/growth.md).
 Several of them take no more together. Counted in operations, and not in time, it is the same on every machine."""
 
-POISON_BYTES = 8192
-"""A poison record counts once more for each of them: they are fetched, packed and written again."""
+POISON_BYTES = 2048
+"""A poison record counts once more for each of them: they are fetched, packed and written again, which takes some 15 us
+for a KiB."""
 
 POISON_PAUSE_SECONDS = 0.002
 """How long to see whether the others have something to do at all; if not, a flood is worked off at 32,000 a second."""
