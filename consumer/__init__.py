@@ -87,6 +87,8 @@ Non-obvious
   could not fetch before it says so (H2).
 * One header whose name is no UTF-8 would have the client deliver nothing of its partition any more; brokers take such
   records (:mod:`consumer.kafka.header_names`).
+* Nobody bounds what a compressed batch expands to, and the client expands it at one go: 16 KB are half a gigabyte (H9,
+  :mod:`consumer.kafka.expansion`).
 * ``codec`` and ``prescan`` are compiled as well (``hatch_build.py``): their classes can have no subclasses elsewhere,
   no method is replaced, annotations are checked as the code runs, and a coroutine there would not tell where it waits.
 * Offsets have gaps. Only delivered offsets are tracked; waiting for ``offset + 1`` stalls at a transaction marker

@@ -2,7 +2,8 @@
 
 **Decoding** (:class:`OperationDecoder`) never raises; it gives a :class:`Decoded`. The first that applies:
 
-1. No value: ``null_value``. More bytes than a record may have: ``payload_too_large``, and nothing is read.
+1. No value: ``null_value``. More bytes than a record may have, or too many to be had at all
+   (:class:`~consumer.operations.Unread`): ``payload_too_large``, and nothing is read.
 2. *Framing* (contract 2.4) says which schema wrote the value and where its datum begins. Unknown id or fingerprint, or
    no registry to ask: ``unknown_schema``. Half a frame: ``decode_error``.
 3. *The datum is read.* One of schema v1, as nearly every one is, by :class:`_Reader`: straight through the bytes, every
@@ -69,6 +70,7 @@ from consumer.operations import (
     Position,
     TimeToIdle,
     TimeToLive,
+    Unread,
 )
 from consumer.prescan import ELEMENTS_MAX, Scanner, read_index, read_length, read_number, scanner
 
@@ -512,6 +514,8 @@ class OperationDecoder:
         """Decode one record's *value*; never raises. A write says that it comes from *position*."""
         if value is None:
             return Decoded(None, DecodeError("the record has no value", code="null_value"), poison=True)
+        if not value and isinstance(value, Unread):
+            return Decoded(None, TooLarge(value.reason), poison=True)
         if len(value) > self._record_bytes_max:
             too_large = TooLarge(f"the record has more than {self._record_bytes_max} bytes")
             return Decoded(None, too_large, poison=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from operator import index
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeAlias
 
 from consumer.errors import InvalidMetadata
 from consumer.ids import ObjectContext, ObjectId
@@ -236,3 +236,15 @@ class Headed:
 
 
 OpResponse: TypeAlias = Inserted | Got | Deleted | Headed
+
+
+class Unread(bytes):
+    """Empty, in place of the value of a record that was too large to be read; the reason says of what."""
+
+    reason: str
+
+    def __new__(cls, reason: str) -> Self:
+        """Make one, to be answered ``payload_too_large`` with this *reason*."""
+        made = super().__new__(cls)
+        made.reason = reason
+        return made

@@ -19,7 +19,7 @@ from collections.abc import Collection
 from consumer.avro_schemas import RESPONSE_FINGERPRINT
 from consumer.codec import Headers
 from consumer.errors import STATUS_BY_CODE
-from consumer.operations import Kind
+from consumer.operations import Kind, Unread
 
 Header = tuple[str, bytes | None]
 
@@ -142,7 +142,7 @@ class DeadLetters:
             offset: Of the input record.
             timestamp_ms: Of the input record, in milliseconds since the epoch.
             key: Of the input record.
-            value: Of the input record; comes back unless it does not fit.
+            value: Of the input record; comes back unless it does not fit, or could not be read.
             headers: Of the input record.
             code: Of the failure.
             message: Of the failure, as the response has it.
@@ -160,7 +160,9 @@ class DeadLetters:
         ]
         if schema_id is not None:
             made.append(("tierstream-dlq-schema-id", schema_id.encode()))
-        if value is not None and _record_bytes(key, value, made) > self._record_bytes_max:
+        if isinstance(value, Unread) or (
+            value is not None and _record_bytes(key, value, made) > self._record_bytes_max
+        ):
             made.append(_DLQ_TRUNCATED)
             value = None
         return value, made

@@ -9,22 +9,27 @@ import gzip
 import struct
 from collections.abc import Collection, Sequence
 
+import cramjam
 from aiokafka import TopicPartition
 from aiokafka.client import AIOKafkaClient
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
-from aiokafka.record.util import calc_crc32c
+from aiokafka.record.util import calc_crc32c, encode_varint
 
 from brokers import Broker
 
 UNREADABLE_NAME = b"\xff\xfe\xc3"
 """Of a header: no UTF-8."""
 
-GZIP, TRANSACTIONAL, CONTROL = 0x01, 0x10, 0x20
+GZIP, SNAPPY, LZ4, ZSTD, TRANSACTIONAL, CONTROL = 0x01, 0x02, 0x03, 0x04, 0x10, 0x20
 """Attributes of a batch."""
 
 _NAME = "nam"
 """As long as that."""
+
+_COMPRESSION = 0x07
+
+_CHUNK_BYTES = 1024 * 1024
 
 _LENGTH, _CRC, _ATTRIBUTES, _RECORDS = 8, 17, 21, 61
 """Where in a batch."""
@@ -47,7 +52,7 @@ def batch(
         producer_id=producer_id,
         producer_epoch=0 if producer_id >= 0 else -1,
         base_sequence=0 if producer_id >= 0 else -1,
-        batch_size=16_000_000,
+        batch_size=2**31 - 1,
     )
     for place, value in enumerate(values):
         headers: list[tuple[str, bytes | None]] = []
@@ -59,13 +64,52 @@ def batch(
     made = bytearray(builder.build())
     assert made.count(named) == len(unreadable)
     made = made.replace(named, b"\x06" + UNREADABLE_NAME)
-    if attributes & GZIP:
-        made[_RECORDS:] = gzip.compress(made[_RECORDS:])
+    made[_RECORDS:] = compressed(made[_RECORDS:], attributes & _COMPRESSION)
     struct.pack_into(">q", made, 0, base_offset)
+    return _sealed(made, attributes)
+
+
+def bomb(value_bytes: int) -> bytes:
+    """Return a batch of one record whose value are so many zeros, compressed to next to nothing as it is made."""
+    length, head = bytearray(), bytearray(b"\0\0\0")  # attributes, and both deltas
+    encode_varint(-1, head.append)  # no key
+    encode_varint(value_bytes, head.append)
+    encode_varint(len(head) + value_bytes + 1, length.append)  # and the number of headers
+    compressor = cramjam.zstd.Compressor()
+    compressor.compress(bytes(length + head))
+    for at in range(0, value_bytes, _CHUNK_BYTES):
+        compressor.compress(bytes(min(_CHUNK_BYTES, value_bytes - at)))
+    compressor.compress(b"\0")
+    made = bytearray(batch([b""]))
+    made[_RECORDS:] = bytes(compressor.finish())
+    return _sealed(made, ZSTD)
+
+
+def _sealed(made: bytearray, attributes: int) -> bytes:
     struct.pack_into(">i", made, _LENGTH, len(made) - _LENGTH - 4)
     struct.pack_into(">h", made, _ATTRIBUTES, attributes)
     struct.pack_into(">I", made, _CRC, calc_crc32c(bytes(made[_ATTRIBUTES:])))
     return bytes(made)
+
+
+def compressed(data: bytes | bytearray, kind: int) -> bytes:
+    """Return *data* as a batch of this compression has it; Snappy in blocks, as Java's producers write it."""
+    match kind:
+        case 0:
+            return bytes(data)
+        case 1:
+            return gzip.compress(data)
+        case 2:
+            blocks = [cramjam.snappy.compress_raw(data[at : at + 32768]) for at in range(0, len(data), 32768)]
+            return b"\x82SNAPPY\0\0\0\0\1\0\0\0\1" + b"".join(
+                struct.pack(">i", len(block)) + bytes(block) for block in blocks
+            )
+        case 3:
+            return bytes(cramjam.lz4.compress(data))
+        case 4:
+            return bytes(cramjam.zstd.compress(data))
+        case _:
+            raise ValueError(f"no compression: {kind}")
 
 
 async def send_batch(broker: Broker, topic: str, partition: int, made: bytes) -> int:

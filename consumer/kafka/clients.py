@@ -13,7 +13,7 @@ from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from consumer.config import Config
-from consumer.kafka import header_names
+from consumer.kafka import expansion, header_names
 from consumer.kafka.connection import consumer_settings, producer_settings, reader_settings
 from consumer.kafka.fetch_pace import paced
 from consumer.kafka.metadata_pace import pace_metadata
@@ -26,11 +26,13 @@ def make_consumer(config: Config) -> AIOKafkaConsumer:
 
     Subscribing before ``start`` would make ``start`` wait for the first assignment without limit (hazard H17).
     """
+    expansion.install(config.limits.record_bytes)
     return _considerate(AIOKafkaConsumer(**consumer_settings(config)))
 
 
 def make_reader(config: Config, *, committed_only: bool = True) -> AIOKafkaConsumer:
     """Make a consumer outside any group, for looking at topics."""
+    expansion.install(config.limits.record_bytes)
     return _considerate(AIOKafkaConsumer(**reader_settings(config, committed_only=committed_only)))
 
 

@@ -1,4 +1,4 @@
-r"""Records whose headers have names that are no UTF-8 are read like any other.
+r"""Records whose headers have names that are no UTF-8 are read like any other; batches that expand too far are not.
 
 Kafka calls a header's name a string, but its brokers do not look at it, and producers in C pass on whatever bytes they
 are given. aiokafka decodes names while it unpacks a batch and raises ``UnicodeDecodeError`` out of ``getmany``: nothing
@@ -8,6 +8,9 @@ of that batch, and nothing after it, would ever be delivered. One record would s
 2. A name that cannot be decoded has the rest of what was fetched read anew, from that record on, by the client's other
    parser, in Python. A byte that is no UTF-8 is written as ``\xff`` there.
 3. The next fetch is unpacked by the compiled code again.
+4. A batch that expands to more than a process can hold (:mod:`consumer.kafka.expansion`) is delivered as records that
+   were not read, one for each of its offsets, without key or headers; what comes after it is unpacked as ever. One in
+   the formats before Kafka 0.11 does not say in front which offsets it has, and is raised.
 
 A record costs nothing more for it, a fetch one object for each partition. Anything else that is wrong in a batch is
 raised as before.
@@ -26,7 +29,9 @@ from aiokafka.record.legacy_records import LegacyRecordBatch
 from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.record.util import decode_varint
 
+from consumer.kafka.expansion import TooMuchExpanded
 from consumer.log import get_logger
+from consumer.operations import Unread
 
 _BEFORE_LENGTH: Final = 8
 _BEFORE_BATCH: Final = 12
@@ -62,15 +67,27 @@ class PartitionRecords(fetcher.PartitionRecords):
             self._records_iterator = None  # a cycle, as in the client
             raise
         except (UnicodeDecodeError, CorruptRecordException) as error:
-            if not isinstance(self._records, FetchedRecords) or not _is_about_a_name(error):
+            records = self._records
+            if isinstance(error, TooMuchExpanded) and isinstance(records, FetchedRecords | _ForgivingRecords):
+                self._go_on_with(_without_expanding(records.data, self.next_fetch_offset, error))
+                log.warning("batch not read", **self._where(), error=error.args[0])
+                return next(self)
+            if not isinstance(records, FetchedRecords) or not _is_about_a_name(error):
                 raise
-        log.warning(
-            "header name is no UTF-8", topic=self._tp.topic, partition=self._tp.partition, offset=self.next_fetch_offset
-        )
-        # Only from the batch on that holds the next record: to go over those before would take the position back.
-        self._records = _ForgivingRecords(self._records.data, self.next_fetch_offset)
-        self._records_iterator = self._unpack_records()  # type: ignore[no-untyped-call]  # the vendor's has no types
+        log.warning("header name is no UTF-8", **self._where())
+        self._go_on_with(_ForgivingRecords(records.data, self.next_fetch_offset))
         return next(self)
+
+    def _go_on_with(self, records: Any) -> None:
+        """Unpack *records*, which begin with the batch that holds the next one.
+
+        To go over those before it would take the position back.
+        """
+        self._records = records
+        self._records_iterator = self._unpack_records()  # type: ignore[no-untyped-call]  # the vendor's has no types
+
+    def _where(self) -> dict[str, Any]:
+        return {"topic": self._tp.topic, "partition": self._tp.partition, "offset": self.next_fetch_offset}
 
 
 def _is_about_a_name(error: Exception) -> bool:
@@ -82,6 +99,7 @@ class _ForgivingRecords:
     """The batches of *data* with records from *position* on; for the client what its ``MemoryRecords`` are."""
 
     def __init__(self, data: bytes, position: int) -> None:
+        self.data = data
         self._batches = _batches(data, position)
         self._next = next(self._batches, None)
 
@@ -96,6 +114,11 @@ class _ForgivingRecords:
 
 
 def _batches(data: bytes, position: int) -> Iterator[Any]:
+    return (batch for _, batch in _batches_and_their_ends(data, position))
+
+
+def _batches_and_their_ends(data: bytes, position: int) -> Iterator[tuple[int, Any]]:
+    """Yield the batches of *data* with records from *position* on, and where in it each of them ends."""
     whole = memoryview(data)
     start = 0
     while start + _BEFORE_BATCH <= len(data):
@@ -106,8 +129,61 @@ def _batches(data: bytes, position: int) -> Iterator[Any]:
         magic = data[start + _MAGIC]
         batch: Any = _ForgivingBatch(whole[start:end]) if magic >= 2 else LegacyRecordBatch(whole[start:end], magic)
         if batch.next_offset > position:
-            yield batch
+            yield end, batch
         start = end
+
+
+def _without_expanding(data: bytes, position: int, error: TooMuchExpanded) -> _WithoutExpanding:
+    """Return what is in *data* from *position* on, its first batch as records that were not read.
+
+    Raises:
+        TooMuchExpanded: that batch is in an old format.
+    """
+    end, batch = next(_batches_and_their_ends(data, position))
+    if not isinstance(batch, _ForgivingBatch):
+        raise error
+    return _WithoutExpanding(data[end:], _UnreadBatch(batch, Unread(error.args[0])))
+
+
+class _WithoutExpanding(FetchedRecords):
+    """A batch that was not read, and after it the batches of some bytes."""
+
+    __slots__ = ("_first",)
+
+    def __init__(self, rest: bytes, first: _UnreadBatch) -> None:
+        super().__init__(rest)
+        self._first: _UnreadBatch | None = first
+
+    def has_next(self) -> bool:
+        """Whether there is another batch."""
+        return self._first is not None or bool(super().has_next())
+
+    def next_batch(self) -> Any:
+        """Return the next batch."""
+        first, self._first = self._first, None
+        return super().next_batch() if first is None else first
+
+
+class _UnreadBatch:
+    """What the head of a batch tells; for the client what a batch is."""
+
+    def __init__(self, batch: _ForgivingBatch, value: Unread) -> None:
+        self.base_offset = batch.base_offset
+        self.next_offset = batch.next_offset
+        self.producer_id = batch.producer_id
+        self.is_transactional = batch.is_transactional
+        self.is_control_batch = False
+        self._timestamp = batch.max_timestamp
+        self._timestamp_type = batch.timestamp_type
+        self._value = value
+
+    def validate_crc(self) -> bool:
+        """Whether the batch is whole: it was found to be before it was expanded."""
+        return True
+
+    def __iter__(self) -> Iterator[_DefaultRecordPy]:
+        for offset in range(self.base_offset, self.next_offset):
+            yield _DefaultRecordPy(offset, self._timestamp, self._timestamp_type, None, self._value, [])
 
 
 class _ForgivingBatch(_DefaultRecordBatchPy):  # type: ignore[misc]  # final for others, and pinned here
