@@ -89,6 +89,7 @@ Non-obvious
   records (:mod:`consumer.kafka.header_names`).
 * Nobody bounds what a compressed batch expands to, and the client expands it at one go: 16 KB are half a gigabyte (H9,
   :mod:`consumer.kafka.expansion`).
+* An answer's length is believed, whatever answers: "HTTP" is 1.2 GB (H36, :mod:`consumer.kafka.frames`).
 * ``codec`` and ``prescan`` are compiled as well (``hatch_build.py``): their classes can have no subclasses elsewhere,
   no method is replaced, annotations are checked as the code runs, and a coroutine there would not tell where it waits.
 * Offsets have gaps. Only delivered offsets are tracked; waiting for ``offset + 1`` stalls at a transaction marker

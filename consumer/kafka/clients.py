@@ -14,8 +14,10 @@ from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from consumer.config import Config
 from consumer.kafka import expansion, header_names
+from consumer.kafka.bootstrap import ask_the_next_address
 from consumer.kafka.connection import consumer_settings, producer_settings, reader_settings
 from consumer.kafka.fetch_pace import paced
+from consumer.kafka.frames import NotAKafkaAnswer
 from consumer.kafka.metadata_pace import pace_metadata
 
 Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer)
@@ -52,8 +54,10 @@ def _considerate(client: Client) -> Client:
         header_names.install()
         paced(client)
         pace_metadata(client._client)  # noqa: SLF001 - held by a test
+        ask_the_next_address(client._client)  # noqa: SLF001 - as above
     else:
         pace_metadata(client.client)
+        ask_the_next_address(client.client)
     return client
 
 
@@ -138,6 +142,7 @@ def send_or_say_closed(connection: AIOKafkaConnection, request: Any, expect_resp
 AIOKafkaConnection.send = send_or_say_closed  # type: ignore[method-assign]  # a test shows that it is needed
 
 __all__ = [
+    "NotAKafkaAnswer",
     "TopicPartition",
     "connect_client",
     "its_assertions_are_failures",

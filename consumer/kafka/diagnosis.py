@@ -30,6 +30,7 @@ from aiokafka.errors import (
 from aiokafka.protocol.metadata import MetadataRequest
 
 from consumer.kafka.connection import TokenUnavailable
+from consumer.kafka.frames import NotAKafkaAnswer
 
 ATTEMPT_SECONDS: Final = 5.0
 """Longest wait for one broker; who diagnoses has waited already."""
@@ -147,6 +148,9 @@ def _in_words(cause: BaseException, settings: Mapping[str, Any]) -> Reason | Non
         case UnsupportedSaslMechanismError() | IllegalSaslStateError():
             hint = "kafka.sasl_mechanism and kafka.bootstrap_servers have to be those of one listener of the broker"
             return Reason(f"the broker does not offer {settings.get('sasl_mechanism', 'SASL')} there", hint)
+        case NotAKafkaAnswer():
+            hint = "kafka.bootstrap_servers has to name a broker, and kafka.security_protocol what its listener speaks"
+            return Reason(f"what answers there is no Kafka broker ({cause})", hint)
         case socket.gaierror():
             hint = "is the name in kafka.bootstrap_servers right, and known to the name server of this machine?"
             return Reason(f"the name is not known: {cause.strerror}", hint, reached=False)

@@ -47,6 +47,7 @@ from aiokafka.protocol.offset import OffsetRequest
 
 from consumer.config import MIB, Config
 from consumer.errors import ConfigError, TierstreamError
+from consumer.kafka.bootstrap import ask_the_next_address
 from consumer.kafka.connection import RETRY_BACKOFF_MS, admin_settings
 from consumer.kafka.diagnosis import why_unreachable
 from consumer.kafka.topic_ids import TopicIdsRequest, leaders, topic_ids
@@ -166,6 +167,7 @@ class Cluster:
         Cancellation: nothing stays open.
         """
         client = self._client = AIOKafkaClient(**self._settings)
+        ask_the_next_address(client)
         failure: Exception | None = None
         try:
             async with asyncio.timeout(self._seconds):

@@ -18,6 +18,7 @@ from consumer.config import Config
 from consumer.kafka import diagnosis
 from consumer.kafka.connection import admin_settings
 from consumer.kafka.diagnosis import Reason, why_unreachable
+from consumer.kafka.frames import NotAKafkaAnswer
 
 
 class Rude:
@@ -111,9 +112,10 @@ def alert(reason: str) -> ssl.SSLError:
         (alert("WRONG_VERSION_NUMBER"), "no TLS connection (WRONG_VERSION_NUMBER)"),
         (ssl.SSLError("unlike OpenSSL's"), "no TLS connection (SSLError)"),
         (OSError("Multiple exceptions: [Errno 111] …, [Errno 101] …"), "Multiple exceptions"),
+        (NotAKafkaAnswer("an answer of 1213486160 bytes"), "no Kafka broker (an answer of 1213486160 bytes)"),
         (RuntimeError("a secret perhaps"), "RuntimeError"),
     ],
-    ids=["password", "alert", "no TLS", "no reason", "several addresses", "unknown"],
+    ids=["password", "alert", "no TLS", "no reason", "several addresses", "no broker", "unknown"],
 )
 def test_what_led_to_an_error_is_what_is_told(error: Exception, words: str) -> None:
     """The client wraps the reason into an error of the connection; what is unknown is named and not shown."""

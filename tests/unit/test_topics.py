@@ -93,6 +93,8 @@ class ScriptedClient:
         self.sent: list[tuple[Any, Any]] = []
         self.bootstraps: list[Any] = [None]
         self.cluster = self
+        self.hosts = [("127.0.0.1", 9092, 0)]
+        self._request_timeout_ms = 30_000
         self.closed = 0
         self.asked = asyncio.Event()
         """Set with the first request."""
