@@ -169,6 +169,11 @@ class Leadership:
                 self.moves[what] += 1
                 self.moves[f"{what} after: {self.cause}"] += 1
 
+    @property
+    def leaders(self) -> dict[Place, int]:
+        """Who leads what, by all that was told so far."""
+        return {place: led.leader for place, led in self._known.copy().items()}
+
     def _watch(self) -> None:
         while not self._ended.wait(PAUSE_SECONDS):
             self.look()

@@ -5,38 +5,40 @@ service to it, over a double that does the same. A test that fails after an upgr
 precautions may go, or which private name has moved. The faults are played on Apache Kafka, some through a proxy that
 counts and damages; where no broker can be brought to it, the client's own request is answered by the test.
 
-Every hazard, and the files whose tests name it (this one is *here*); `test_the_table_is_true` keeps this so:
+Every hazard, and the files with a test that names it (this one is *here*); `test_the_table_is_true` keeps this so.
+What is here, in `e2e/` and in `publisher/` is done to a real broker, and in `test_hazards_met.py` to the service on it;
+`unit/` has doubles. H18g and H37 have nothing else: they are about what is written, and no broker has a part in it.
 
 ====== =======================================================================================================
 H1     here; unit/test_poller
 H2     here; unit/test_poller
-H3     here; unit/test_poller
-H4     here; unit/test_poller
+H3     here; e2e/test_watchdogs, unit/test_poller
+H4     here; e2e/test_watchdogs, unit/test_poller
 H5     here; unit/test_poller
 H6     here; unit/test_poller
 H7     here; unit/test_poller
 H8     here
-H9     unit/test_connection (small fetches), unit/test_metrics (the loop's lag)
-H9b    here; e2e/test_delivery, properties/test_offsets, unit/test_poller
-H9c    unit/test_poller; the client cannot tell, so an offset map is held against the end of the log
+H9     e2e/test_hazards_met, unit/test_expansion; unit/test_metrics (the loop's lag)
+H9b    here; e2e/test_delivery, unit/test_offsets, unit/test_poller
+H9c    e2e/test_hazards_met, unit/test_poller; beyond the end of the log alone: the client cannot tell more
 H10    here; unit/test_poller, e2e/test_network
-H11    here; unit/test_poller, unit/test_connection
+H11    here; e2e/test_drain, unit/test_poller, unit/test_connection
 H12    here; unit/test_poller
 H13    here; unit/test_poller
 H14    here; unit/test_poller
-H15    here; unit/test_poller
-H16    unit/test_connection
+H15    here; e2e/test_drain, unit/test_poller
+H16    here; unit/test_connection
 H16b   here; unit/test_poller
 H16c   here; unit/test_poller
-H16d   unit/test_config
+H16d   here; e2e/test_hazards_met, unit/test_config
 H16e   here
 H16f   here; unit/test_poller
 H16g   here; unit/test_poller
 H16h   here; unit/test_poller
-H16i   unit/test_poller, unit/test_connection
+H16i   e2e/test_hazards_met, unit/test_poller, unit/test_connection
 H17    here; unit/test_poller
 H17b   here; unit/test_poller
-H17c   here; unit/test_poller
+H17c   here; e2e/test_watchdogs, unit/test_poller
 H18    publisher/test_publisher, unit/test_transactions
 H18b   publisher/test_publisher
 H18c   publisher/test_publisher, e2e/test_exactly_once, unit/test_transactions
@@ -46,35 +48,40 @@ H18f   e2e/test_network
 H18g   unit/test_responses
 H20    here; e2e/test_exactly_once, unit/test_transactions
 H21    e2e/test_exactly_once, unit/test_transactions, unit/test_poller
-H22    e2e/test_key_order, unit/test_poller
+H22    e2e/test_hazards_met, e2e/test_key_order, unit/test_poller
 H23    e2e/test_network, unit/test_transactions
-H24    unit/test_transactions
-H25    e2e/test_key_order, unit/test_connection
-H26    unit/test_transactions
-H30    unit/test_poller (silence is told); clients for reading, writing and asking are separate ones
-H31    unit/test_watchdog
-H32    unit/test_connection
-H33    unit/test_connection
-H34    here; unit/test_poller
+H24    e2e/test_hazards_met, unit/test_transactions
+H25    e2e/test_hazards_met, e2e/test_key_order, unit/test_connection
+H26    e2e/test_hazards_met, unit/test_transactions
+H30    here; e2e/test_hazards_met, unit/test_bootstrap, unit/test_poller (silence is told)
+H31    e2e/test_watchdogs, unit/test_watchdog
+H32    e2e/test_hazards_met, e2e/test_security, unit/test_connection
+H33    e2e/test_security, unit/test_connection
+H34    here; e2e/test_watchdogs, unit/test_poller
 H35    unit/test_certificates, e2e/test_security
-H36    unit/test_connection
+H36    e2e/test_hazards_met, unit/test_connections, unit/test_connection
 H37    unit/test_log
 ====== =======================================================================================================
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import random
 import re
+import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.client import AIOKafkaClient
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import (
     CommitFailedError,
     CorruptRecordException,
@@ -86,6 +93,7 @@ from aiokafka.errors import (
 )
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import LeaveGroupRequest
+from aiokafka.structs import BrokerMetadata
 
 from brokers import Broker
 from consumer.config import load
@@ -98,6 +106,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.apache]
 
 PATIENCE_SECONDS = 20.0
 """Bound of every wait; none of them is a measure of anything."""
+
+JOIN_GROUP = 11
+"""Kind of request."""
 
 VALUE = random.Random(1).randbytes(2000)
 """Of a record, large enough for the proxy to damage it, and not to be compressed."""
@@ -229,18 +240,30 @@ def finishes_at_once(work: Awaitable[Any]) -> Any:
     raise AssertionError("it waits")
 
 
+def named_by_tests(path: Path) -> set[str]:
+    """Hazards in the names and docstrings of the tests of a file; what else it says of hazards proves nothing."""
+    named: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+            said = f"{node.name.replace('_', ' ')} {ast.get_docstring(node) or ''}"
+            named |= set(re.findall(r"\bH[0-9]+[a-z]?\b", said))
+    return named
+
+
 def test_the_table_is_true() -> None:
-    """Each hazard of the client has its row, and each file of a row has a test that names the hazard."""
+    """Each hazard of the client has its row, and each file of a row has a test that is about the hazard."""
     tests = Path(__file__).parents[1]
-    here = Path(__file__).read_text(encoding="utf-8").split('"""', 2)[2]
     rows = dict(re.findall(r"^(H[0-9]+[a-z]?) +(.+)$", __doc__ or "", re.MULTILINE))
+    named: dict[str, set[str]] = {}
     wrong: list[str] = []
     for hazard, row in rows.items():
-        texts = {name: (tests / f"{name}.py").read_text(encoding="utf-8") for name in re.findall(r"\w+/test_\w+", row)}
-        if row.startswith("here"):
-            texts["here"] = here
-        wrong.extend(f"{hazard}: {name}" for name, text in texts.items() if not re.search(rf"\b{hazard}\b", text))
-        if not texts and not row.startswith("concerns nobody"):
+        files = re.findall(r"\w+/test_\w+", row) + ["e2e/test_hazards"] * row.startswith("here")
+        for name in files:
+            if name not in named:
+                named[name] = named_by_tests(tests / f"{name}.py")
+            if hazard not in named[name]:
+                wrong.append(f"{hazard}: {name}")
+        if not files:
             wrong.append(f"{hazard}: nowhere")
     assert wrong == []
     letters = {9: " bc", 16: " bcdefghi", 17: " bc", 18: " bcdefg"}
@@ -683,9 +706,58 @@ async def test_a_stop_does_not_call_the_listener(rig: Rig) -> None:
     assert listener.revoked == [set()]
 
 
-def test_there_is_no_static_membership(rig: Rig) -> None:
-    """H16e: two processes of one id would take the membership from each other for ever."""
-    assert "group_instance_id" not in consumer_settings(rig.config)
+async def test_a_join_that_outlasts_a_request_is_begun_again_and_again(proxied_rig: tuple[Rig, Proxy]) -> None:
+    """H16d: a member that is slow to rejoin makes it last; so a request may take longer than a rebalance."""
+    rig, proxy = proxied_rig
+    listener, heard, may = Listener(), asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        heard.set()
+        await may.wait()
+
+    async with rig.member(listener) as slow:
+        await rig.joined(slow)
+        listener.on_revoked = wait
+        before = proxy.asked[JOIN_GROUP]
+        async with rig.member(request_timeout_ms=1000) as other:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await heard.wait()
+            await until(lambda: proxy.asked[JOIN_GROUP] - before >= 5)
+            in_the_group = other.assignment()
+            listener.on_revoked = None
+            may.set()
+
+    assert in_the_group == set()
+
+
+async def test_two_processes_of_one_id_take_everything_from_each_other_for_ever(
+    proxied_rig: tuple[Rig, Proxy],
+) -> None:
+    """H16e: each believes that it has all partitions; so there is no static membership."""
+    assert "group_instance_id" not in consumer_settings(proxied_rig[0].config)
+    rig, proxy = proxied_rig
+    async with rig.member(group_instance_id="same") as first:
+        await rig.joined(first)
+        before = proxy.asked[JOIN_GROUP]
+        async with rig.member(group_instance_id="same") as second:
+            await until(lambda: proxy.asked[JOIN_GROUP] - before >= 12)
+            both = [first.assignment(), second.assignment()]
+
+    assert both == [{rig.first, rig.second}] * 2
+
+
+async def test_each_assignor_more_is_another_request_to_join(proxied_rig: tuple[Rig, Proxy]) -> None:
+    """H16: sent before the answer to the one before is worked off; so there is one, and always the same."""
+    rig, proxy = proxied_rig
+    assert consumer_settings(rig.config)["partition_assignment_strategy"] == (StickyPartitionAssignor,)
+    joins = []
+    for assignors in ((StickyPartitionAssignor,), (StickyPartitionAssignor, RoundRobinPartitionAssignor)):
+        before = proxy.asked[JOIN_GROUP]
+        async with rig.member(group_id=f"{rig.group}-{len(assignors)}", partition_assignment_strategy=assignors) as one:
+            await rig.joined(one)
+            joins.append(proxy.asked[JOIN_GROUP] - before)
+
+    assert joins[1] > joins[0]
 
 
 # ---------------------------------------------------------------------------------------------------- commit, stop
@@ -731,6 +803,29 @@ async def test_a_stop_raises_a_cancellation_that_nobody_has_made(rig: Rig, monke
 
         assert task.cancelling() == 0
         await consumer._client.close()
+
+
+async def test_connecting_to_one_broker_that_says_nothing_holds_up_all_the_others(rig: Rig) -> None:
+    """H30: until the request's time-out; so clients for reading, for writing and for asking are separate ones."""
+    seconds = 2.0
+    client: Any = AIOKafkaClient(bootstrap_servers=rig.broker.bootstrap, request_timeout_ms=int(seconds * 1000))
+    await client.bootstrap()
+    try:
+        with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+            (healthy,) = client.cluster.brokers()
+            port = silent.getsockname()[1]
+            client.cluster._brokers[healthy.nodeId + 1] = BrokerMetadata(healthy.nodeId + 1, "127.0.0.1", port, None)
+            began = time.monotonic()
+            connecting = asyncio.ensure_future(client.ready(healthy.nodeId + 1))
+            await until(client._get_conn_lock.locked)
+
+            assert await client.ready(healthy.nodeId)
+            took = time.monotonic() - began
+            assert not await connecting
+    finally:
+        await client.close()
+
+    assert took >= seconds / 2, "the hazard is gone: the healthy one was connected to meanwhile"
 
 
 # ---------------------------------------------------------------------------------------------------- transactions

@@ -225,7 +225,7 @@ def test_no_secret_is_said_anywhere(gate: Gate, way: str) -> None:
 
 @pytest.mark.parametrize("name", RUN_WRONG)
 def test_a_service_that_is_not_let_in_says_why_and_goes_on_trying(gate: Gate, name: str) -> None:
-    """Contract 6: an unreachable broker is no exit; it is told in the log and by readiness, with what to do."""
+    """H32, contract 6: an unreachable broker is no exit; it is told in the log and by readiness, with what to do."""
     service, wrong = gate.shut_out[name], WRONG[name]
 
     def refusals() -> list[dict[str, Any]]:

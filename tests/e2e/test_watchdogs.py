@@ -98,7 +98,7 @@ def ends_with_its_stacks(service: ServiceProcess) -> str:
 def test_what_cannot_go_on_ends_with_3_and_a_restart_goes_on(
     apache: Broker, set_stage: SetStage, fault: str, said: str
 ) -> None:
-    """Rule 4 and contract 11: exit 3, all task stacks in the log; the next process answers everything, once."""
+    """Rule 4, contract 11, H3, H4, H17c, H31, H34: exit 3 with all task stacks; the next process answers all, once."""
     stage = set_stage(apache)
     service = sabotaged(stage, fault)
 

@@ -93,7 +93,7 @@ def test_an_authority_that_is_replaced_is_the_one_that_is_trusted(
 
 
 def test_a_secret_that_is_mounted_as_a_link_is_followed(tmp_path: Path, old: trustme.CA, new: trustme.CA) -> None:
-    """Kubernetes replaces the folder behind a link; the file itself never changes."""
+    """H35: Kubernetes replaces the folder behind a link; the file itself never changes."""
     for name, authority in (("first", old), ("second", new)):
         (tmp_path / name).mkdir()
         authority.cert_pem.write_to_path(str(tmp_path / name / "ca.crt"))
