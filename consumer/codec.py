@@ -527,7 +527,10 @@ class OperationDecoder:
             else:
                 context, request_id, body = self._read_framed(schema_id, value, at)
         except DecodeError as error:
-            failed = error
+            # Kept beyond this frame, which its traceback holds, and that the record: a circle, which only the garbage
+            # collector would break, some thousand records later.
+            failed = error.with_traceback(None)
+            failed.__context__ = failed.__cause__ = None
         except IndexError:
             failed = DecodeError(_ENDS_EARLY)
         except UnicodeDecodeError:

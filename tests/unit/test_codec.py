@@ -407,6 +407,38 @@ INVALID: dict[str, tuple[bytes, str, set[str]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\x00\x00\x00\x00\x00" + bytes(1000),
+        b"\x01" + bytes(15),
+        b"\xc3\x01" + bytes(1000),
+        operation()[:-3],
+        operation() + b"x",
+        operation().replace(b"a/b", b"\xff\xff\xff"),
+        operation("get", "a" * 5000),
+        b"",
+    ],
+    ids=["unknown id", "half a frame", "unknown fingerprint", "short", "long", "no UTF-8", "key too long", "empty"],
+)
+def test_what_is_refused_is_freed_with_its_answer(value: bytes) -> None:
+    """The failure is kept until the answer is acknowledged; were it to hold itself, the record would stay with it.
+
+    Records of some megabytes, of which a process may hold a few by its byte budget, would stay by the hundred.
+    """
+    decoder = OperationDecoder()
+    decoder.decode(value)
+    gc.collect()
+    gc.disable()
+    try:
+        decoded = decoder.decode(value)
+        assert decoded.error is not None
+        del decoded
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
 class TestOperationsThatBreakARule:
     """Read, but against contract 2.1: poison that is echoed as far as it may be."""
 
@@ -1036,9 +1068,10 @@ class TestResponses:
         """`Decoded` made by hand, as a test or tool may."""
         decoded = Decoded(None, None, "r", CONTEXT, "get", "k")
 
-        assert self.encode(decoded, Deleted("k"))[1] == self.encode(
-            replace_context_bytes(decode(operation("get", "k", request_id="r"))), Deleted("k")
-        )[1]
+        assert (
+            self.encode(decoded, Deleted("k"))[1]
+            == self.encode(replace_context_bytes(decode(operation("get", "k", request_id="r"))), Deleted("k"))[1]
+        )
 
     def test_a_frame_stands_before_a_response_where_it_should(self) -> None:
         """Contract 2.4: `output.framing: single-object`."""
@@ -1059,7 +1092,6 @@ class TestResponses:
             offset,
             completed_at,
         )
-
 
     @pytest.mark.parametrize(
         ("context", "key"),
