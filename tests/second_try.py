@@ -82,9 +82,10 @@ def pytest_runtest_makereport(
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Keep it where pytest keeps what failed."""
-    if session.config.cache is not None:
+    cache = getattr(session.config, "cache", None)  # not even that with "-p no:cacheprovider"
+    if cache is not None:
         void = [name for name, was_void in session.config.stash[_FAILURES].items() if was_void]
-        session.config.cache.set(Path(*VOID.parts[1:]).as_posix(), void)
+        cache.set(Path(*VOID.parts[1:]).as_posix(), void)
 
 
 # ------------------------------------------------------------------------------------------------- what is decided
