@@ -432,6 +432,7 @@ async def discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
     (hazard H18b) and leaves its tasks behind when it is cancelled, so the force reaches for what is private in
     aiokafka; a test holds the installed release to that.
     """
+    nobody_waits_for(producer)
     stopping = asyncio.create_task(producer.stop())
     stopping.add_done_callback(_ignore)
     try:
@@ -466,16 +467,23 @@ async def discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
     await asyncio.wait([stopping, closing], timeout=TEAR_DOWN_SECONDS)
     stopping.cancel()
     closing.cancel()
-    nobody_waits_for_its_transaction(producer)
+    nobody_waits_for(producer)
 
 
-def nobody_waits_for_its_transaction(producer: AIOKafkaProducer) -> None:
-    """Mark as seen how the open transaction ends: its steps tell that too, and it may be failed more than once."""
-    transactions = producer._txn_manager  # noqa: SLF001 - see `discard`
+def nobody_waits_for(producer: AIOKafkaProducer) -> None:
+    """Mark as seen how ends what *producer* has under way: who was waiting may have been cancelled, and hears nothing.
+
+    A transaction's end is told by its steps too, and it may be failed more than once.
+    """
+    accumulator, transactions = producer._message_accumulator, producer._txn_manager  # noqa: SLF001 - see `discard`
+    batches = [*accumulator._pending_batches, *chain.from_iterable(accumulator._batches.values())]  # noqa: SLF001 - see `discard`
+    futures = [future for batch in batches for future in (batch.future, batch._drain_waiter)]  # noqa: SLF001 - see `discard`
     if transactions is not None:
-        for future in (transactions._pid_waiter, transactions._transaction_waiter):  # noqa: SLF001 - see `discard`
-            if future is not None:
-                future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        futures += [transactions._pid_waiter, transactions._transaction_waiter]  # noqa: SLF001 - see `discard`
+        futures += [future for *_, future in transactions._pending_txn_offsets]  # noqa: SLF001 - see `discard`
+    for future in futures:
+        if future is not None:
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def _ignore(task: asyncio.Task[None]) -> None:

@@ -81,7 +81,7 @@ from consumer.kafka.publisher import (
     BACKOFF_SECONDS,
     DISCARD_TIMEOUT_SECONDS,
     discard,
-    nobody_waits_for_its_transaction,
+    nobody_waits_for,
 )
 from consumer.kafka.topics import LATEST, Cluster, ClusterRefusal, ClusterUnavailable, Partition
 from consumer.kafka.transaction_states import TransactionState
@@ -476,7 +476,7 @@ class TransactionWriter:
             raise _NotSwept("there is a dead letter to be written, and its topic is gone or denied")
         async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
             await producer.begin_transaction()
-            nobody_waits_for_its_transaction(producer)
+            nobody_waits_for(producer)
             sending = (self._send(producer, target, group) for target, group in by_target.items())
             first = await asyncio.gather(*sending)
             point = {self._partition: OffsetAndMetadata(offset, metadata)}
@@ -793,7 +793,7 @@ class TransactionWriter:
         try:
             with its_assertions_are_failures():
                 await producer.begin_transaction()
-                nobody_waits_for_its_transaction(producer)
+                nobody_waits_for(producer)
                 for target in leaders:
                     transactions.maybe_add_partition_to_txn(target)
                 while not await sender._do_add_offsets_to_txn(self._group_id):  # noqa: SLF001 - above

@@ -17,6 +17,8 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, OutOfOrderSequenceNumber, ProducerFenced, TopicAuthorizationFailedError
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.producer.sender import Sender
+from aiokafka.structs import OffsetAndMetadata
+from aiokafka.structs import TopicPartition as Place
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka import Message as Written
 
@@ -985,11 +987,36 @@ async def test_a_fenced_transactional_producer_is_thrown_away_without_an_excepti
     transactions = producer._txn_manager
     transactions.set_pid_and_epoch(1, 0)
     transactions.begin_transaction()
-    publisher_module.nobody_waits_for_its_transaction(producer)
+    publisher_module.nobody_waits_for(producer)
     transactions.fatal_error(ProducerFenced())
     transactions.fatal_error(ProducerFenced())  # first by the step that heard of it, then by the client's own task
 
     await publisher_module.discard(producer, 0)
 
     del producer, transactions
+    gc.collect()  # what nobody has looked at is reported now, to the guard
+
+
+async def test_what_a_cancelled_transaction_had_under_way_fails_without_an_exception_that_nobody_sees() -> None:
+    """I12: who waited for its batches and offsets is gone before the client hears that it was fenced."""
+    producer = AIOKafkaProducer(bootstrap_servers="127.0.0.1:1", transactional_id="fenced")
+    transactions, accumulator = producer._txn_manager, producer._message_accumulator
+    transactions.set_pid_and_epoch(1, 0)
+    transactions.begin_transaction()
+    batch = producer.create_batch()
+    batch.append(timestamp=0, key=b"0", value=b"", headers=[])
+    delivery = await accumulator.add_batch(batch, Place("responses", 0), 1)
+    offsets = {Place("operations", 0): OffsetAndMetadata(1, "")}
+    waiting = asyncio.gather(delivery, asyncio.shield(transactions.add_offsets_to_txn(offsets, "group")))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+    publisher_module.nobody_waits_for(producer)
+    transactions.fatal_error(ProducerFenced())  # as the client's own task does
+    accumulator.fail_all(ProducerFenced())
+    await publisher_module.discard(producer, 0)
+
+    del producer, transactions, accumulator, batch, delivery, waiting
     gc.collect()  # what nobody has looked at is reported now, to the guard

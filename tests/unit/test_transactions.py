@@ -230,6 +230,7 @@ class ProducerDouble:
         self._txn_manager = SimpleNamespace(
             _pid_waiter=None,
             _transaction_waiter=None,
+            _pending_txn_offsets=(),
             maybe_add_partition_to_txn=self._add_partition,
             wait_for_transaction_end=lambda: self.failed,
         )
