@@ -185,7 +185,7 @@ class Reader:
                 "enable.partition.eof": True,
                 "auto.offset.reset": "error",
                 "isolation.level": isolation,
-                "fetch.message.max.bytes": 20_000_000,
+                "fetch.message.max.bytes": 2_000_000,  # what a look does not finish is dropped by the pause after it
                 "fetch.wait.max.ms": 50,
                 "log_level": 0,
             }
