@@ -39,7 +39,7 @@ EXPANDED_BYTES_MAX: Final = 64 * MIB
 services write shrinks to a fifth or a twentieth of its size; expanding so much stops the event loop for 0.1 s."""
 
 POLL_BYTES_MAX: Final = 16 * MIB
-"""Values handed over by one poll, after which it ends; usual polls bring 4,000 records of a kilobyte."""
+"""Of records handed over by one poll, after which it ends; usual polls bring 4,000 of a kilobyte."""
 
 KEPT_BYTES_MAX: Final = MIB
 """Of the buffer, beyond which its memory is handed back after use; most batches take less."""
@@ -133,6 +133,8 @@ def _snappy_decode(payload: Any) -> bytes:
         while at < len(payload):
             (size,) = struct.unpack_from(">i", payload, at)
             at += 4
+            if not 0 < size <= len(payload) - at:  # one below zero would lead back, again and again
+                raise CorruptRecordException(f"a block of {size} bytes, where there are {len(payload) - at}")
             blocks.append(payload[at : at + size])
             at += size
     if sum(cramjam.snappy.decompress_raw_len(block) for block in blocks) > _buffer.size:
@@ -169,8 +171,9 @@ class FetchResult(fetcher.FetchResult):
         try:
             for record in self._partition_records:
                 taken.append(record)
-                if record.value is not None:
-                    given += len(record.value)
+                given += len(record.value or b"") + len(record.key or b"")
+                for name, content in record.headers:
+                    given += len(name) + len(content or b"")
                 if len(taken) >= most or given >= POLL_BYTES_MAX:
                     break
             else:

@@ -11,6 +11,7 @@ import cramjam
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.consumer import fetcher
+from aiokafka.errors import CorruptRecordException
 from aiokafka.record import default_records
 from aiokafka.record._crecords import default_records as fast_default_records
 from aiokafka.record.legacy_records import LegacyRecordBatchBuilder
@@ -133,6 +134,17 @@ def test_one_that_is_damaged_is_no_large_one(name: str) -> None:
     assert not isinstance(raised.value, TooMuchExpanded)
 
 
+@pytest.mark.parametrize("size", [-(2**31), -8, -4, -1, 0, 4, 2**31 - 1])
+def test_snappy_that_gives_a_block_no_size_it_can_have_is_damaged(size: int) -> None:
+    """Above all one that leads back to where it stands: the loop of events would never go on."""
+    framed = compressed(b"x" * 1000, SNAPPY)[:16] + size.to_bytes(4, "big", signed=True) + b"xyz"
+
+    with pytest.raises(CorruptRecordException, match=f"a block of {size} bytes") as raised:
+        expansion._snappy_decode(framed)
+
+    assert not isinstance(raised.value, TooMuchExpanded)
+
+
 def test_one_in_an_old_format_is_raised() -> None:
     """It does not say in front which offsets it has."""
     builder: Any = LegacyRecordBatchBuilder(magic=1, compression_type=1, batch_size=10 * LIMIT)
@@ -202,6 +214,16 @@ async def test_a_poll_takes_so_many_bytes_of_all_partitions_and_the_next_one_goe
     assert [record.offset for record in second.getall(100)] == [2, 3]
     assert second._assignment.position == 4
     assert second.getall(100) == []
+    await asyncio.sleep(0)
+
+
+async def test_keys_and_headers_count_for_a_poll_as_values_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch may expand to nothing else, or have no values at all."""
+    monkeypatch.setattr(expansion, "POLL_BYTES_MAX", 250)
+
+    assert len(fetched(batch([None] * 4, keys=[b"k" * 100] * 4)).getall(100)) == 3
+    await asyncio.sleep(0)
+    assert len(fetched(batch([b""] * 20, range(20), keys=[b""] * 20)).getall(100)) == 7
     await asyncio.sleep(0)
 
 
