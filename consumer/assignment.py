@@ -115,6 +115,11 @@ POISON_PAUSES_MAX = 25
 """So often they are waited for though none has begun an operation, where some are in flight: 50 ms. A group of durable
 writes takes ten; but storage that is away must not stop what needs none."""
 
+POISON_WAIT_SECONDS_MAX = 1.0
+"""So long they are waited for at most, whatever they do, by each of several floods for each of them. Others that begin
+a hundred operations a second leave most of the CPU free, and a flood beside them would get eight records a second; with
+this it gets 64, which cost nobody anything, and what is good behind it is read some day."""
+
 IDLE_SECONDS = 5.0
 """A window with nothing in flight or buffered for so long is passed to a partition that waits for one (contract 4)."""
 
@@ -616,13 +621,17 @@ class Assignment:
     async def _make_way(self) -> None:
         """Let the other partitions run their share of operations, as long as they have some to run, or in flight.
 
-        Each of several floods lets them run as much for each of the others, too.
+        Each of several floods lets them run as much for each of the others, too. None waits for long: where the others
+        are slow, they need little.
         """
         kinds, floods = self._pipeline.counts.operations.values(), self._pipeline.floods
         began = now = sum([kind.started for kind in kinds])
+        since = time.monotonic()
         floods.add(self)
         try:
             while now - began < POISON_STEP * OPERATIONS_PER_POISON * len(floods) and not self._ending:
+                if time.monotonic() - since >= POISON_WAIT_SECONDS_MAX * len(floods):
+                    return
                 await asyncio.sleep(POISON_PAUSE_SECONDS)
                 now = sum([kind.started for kind in kinds])
                 self._quiet = self._quiet + 1 if now == self._begun_by_all else 0

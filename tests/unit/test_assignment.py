@@ -686,6 +686,11 @@ class WatchingDecoder:
 class TestFlood:
     """A partition of nothing but poison beside others."""
 
+    @pytest.fixture(autouse=True)
+    def no_clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Operations are what is counted, however slow the machine."""
+        monkeypatch.setattr(assignment_module, "POISON_WAIT_SECONDS_MAX", float("inf"))
+
     @pytest.mark.parametrize(
         ("turns", "bursts", "size"), [(1, False, 0), (10, False, 0), (1, True, 0), (1, False, 40_000)]
     )
@@ -796,6 +801,27 @@ class TestFlood:
         assert draining.result()
         assert flooded.watermark < 2_000
         assert place.pipeline.floods == set(), "nobody waits for it any more"
+
+    async def test_others_that_are_never_idle_and_never_fast_do_not_stop_it(
+        self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They begin something in each pause, but would need an hour for their share, in which the CPU is free."""
+        monkeypatch.setattr(assignment_module, "POISON_PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr(assignment_module, "POISON_WAIT_SECONDS_MAX", 0.0)
+        monkeypatch.setattr(assignment_module, "OPERATIONS_PER_POISON", 1_000_000)
+        place = make()
+        place.responses.acknowledge_always()
+        place.dead_letters.acknowledge_always()
+        healthy, flooded = place.assign(0), place.assign(1)
+        flooded.receive([poison(offset) for offset in range(2_000)])
+
+        async with asyncio.timeout(30):
+            while flooded.watermark < 2_000:
+                if healthy.watermark == healthy.cursor:
+                    healthy.receive(inserts(healthy.cursor, 50))
+                await asyncio.sleep(0)
+
+        assert place.pipeline.floods == set()
 
     async def test_storage_that_is_away_does_not_stop_it(
         self, make: MakeWorkplace, monkeypatch: pytest.MonkeyPatch
