@@ -4,7 +4,8 @@
    are taken off, and ``tierstream-replay-of: TOPIC/PARTITION/OFFSET`` is put on, in place of an older one.
 2. It goes to the topic and partition it came from: those a dead letter names, else its own. Where there is no such
    partition, its key decides, as with any other producer.
-3. A dead letter without its value (``tierstream-dlq-truncated``) cannot be put back, and is said to be.
+3. A dead letter without its value (``tierstream-dlq-truncated``) cannot be put back, nor a record that was not read
+   (:class:`~consumer.operations.Unread`); it is said of each.
 
 The records of one partition keep their order. What is put back is a new record: it has its own offset and its own
 response, and the response of the old one stands.
@@ -25,6 +26,7 @@ from consumer.kafka.ledger import Span, spans_of
 from consumer.kafka.ranges import Position
 from consumer.kafka.tools import Outgoing, Record, RecordProducer, existing, open_reader, read_until
 from consumer.kafka.topics import Cluster
+from consumer.operations import Unread
 from consumer.responses import response_id
 
 if TYPE_CHECKING:
@@ -133,10 +135,12 @@ class Replay:
             if not name.startswith(_DEAD_LETTER) and name != REPLAY_OF
         ]
         headers.append((REPLAY_OF, source.encode()))
-        truncated = _text(record, f"{_DEAD_LETTER}truncated") == "true"
-        problem = "its value did not fit the dead letter topic; the original record may still be there"
-        outgoing = Outgoing(record.value, record.key, partition, headers)
-        return Step(source, code, topic, outgoing, problem if truncated else None)
+        problem = None
+        if isinstance(record.value, Unread):
+            problem = record.value.reason
+        elif _text(record, f"{_DEAD_LETTER}truncated") == "true":
+            problem = "its value did not fit the dead letter topic; the original record may still be there"
+        return Step(source, code, topic, Outgoing(record.value, record.key, partition, headers), problem)
 
     def _target(self, record: Record) -> tuple[str, int | None]:
         """Return topic and partition *record* goes to; None = as its key says."""

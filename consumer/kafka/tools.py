@@ -317,6 +317,7 @@ async def ends_of(reader: AIOKafkaConsumer, partitions: list[TopicPartition]) ->
 
 
 async def _fetched(reader: AIOKafkaConsumer) -> list[Record]:
+    await asyncio.sleep(0)  # in the same step as the last poll, one that brought all it may would wait for its time-out
     try:
         batches = await reader.getmany(timeout_ms=FETCH_MS, max_records=RECORDS_AT_ONCE)
     except KafkaError as error:

@@ -10,7 +10,9 @@ from typing import Any
 import cramjam
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer import fetcher
+from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.errors import CorruptRecordException
 from aiokafka.record import default_records
 from aiokafka.record._crecords import default_records as fast_default_records
@@ -24,6 +26,8 @@ from consumer.kafka import expansion
 from consumer.kafka.clients import make_consumer, make_reader
 from consumer.kafka.expansion import TooMuchExpanded
 from consumer.kafka.header_names import FetchedRecords, PartitionRecords
+from consumer.kafka.replay import Replay
+from consumer.kafka.tools import _fetched
 from consumer.operations import Unread
 from consumer.responses import DeadLetters
 from raw_batches import GZIP, LZ4, SNAPPY, TRANSACTIONAL, ZSTD, batch, compressed
@@ -217,6 +221,28 @@ async def test_a_poll_takes_so_many_bytes_of_all_partitions_and_the_next_one_goe
     await asyncio.sleep(0)
 
 
+async def test_what_a_reader_has_fetched_already_it_does_not_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poll that brought all it may is followed by one that brings the rest, at once."""
+    monkeypatch.setattr(expansion, "POLL_BYTES_MAX", 250)
+    client = AIOKafkaClient()
+    subscriptions = SubscriptionState()
+    subscriptions.assign_from_user([PARTITION])
+    fetching = fetcher.Fetcher(client, subscriptions)
+    await asyncio.sleep(0)  # it begins with nothing
+    fetching._records[PARTITION] = fetched(batch([b"v" * 100] * 4))
+
+    class Reader:
+        async def getmany(self, *, timeout_ms: int, max_records: int) -> Any:
+            return await fetching.fetched_records((), timeout_ms / 1000, max_records)
+
+    reader: Any = Reader()
+    async with asyncio.timeout(30):
+        assert [[record.offset for record in await _fetched(reader)] for _ in range(2)] == [[0, 1, 2], [3]]
+
+    await fetching.close()
+    await client.close()
+
+
 async def test_keys_and_headers_count_for_a_poll_as_values_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch may expand to nothing else, or have no values at all."""
     monkeypatch.setattr(expansion, "POLL_BYTES_MAX", 250)
@@ -234,6 +260,14 @@ async def test_what_was_paused_or_sought_meanwhile_is_not_given_out() -> None:
 
     assert result.getall(100) == []
     assert not result.has_more()
+
+
+def test_a_record_that_was_not_read_is_not_put_back() -> None:
+    """It would be an empty one, without key or headers."""
+    (unread,) = unpacker(batch([bytes(2 * LIMIT)], attributes=ZSTD))
+    replay = Replay(Config(), None, None, None, {PARTITION.topic: 4})  # type: ignore[arg-type]  # nothing is read
+
+    assert replay._step(unread, None).problem == unread.value.reason
 
 
 def test_a_record_that_was_not_read_is_answered_and_dead_lettered_without_a_value() -> None:
