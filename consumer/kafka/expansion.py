@@ -68,20 +68,24 @@ class _Buffer:
             TooMuchExpanded: it does not fit.
             cramjam.DecompressionError: it is damaged.
         """
-        if self._memory is None or len(self._memory) < self.size:
+        memory, self._memory = self._memory, None  # the interpreter is let go meanwhile: another thread makes its own
+        if memory is None or len(memory) < self.size:
             # Memory is taken only for what is written to; of a mapping that is shared it could not be handed back.
-            self._memory = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         try:
-            used = expand_into(payload, self._memory)
+            used = expand_into(payload, memory)
         except cramjam.DecompressionError as error:
             if _NO_ROOM not in str(error):
                 raise
-            self._memory.madvise(mmap.MADV_DONTNEED)
+            memory.madvise(mmap.MADV_DONTNEED)
             raise TooMuchExpanded(f"the batch expands to more than {self.size} bytes") from None
-        with memoryview(self._memory) as whole, whole[:used] as part:
-            result = bytes(part)
-        if used > KEPT_BYTES_MAX:
-            self._memory.madvise(mmap.MADV_DONTNEED)
+        else:
+            with memoryview(memory) as whole, whole[:used] as part:
+                result = bytes(part)
+            if used > KEPT_BYTES_MAX:
+                memory.madvise(mmap.MADV_DONTNEED)
+        finally:
+            self._memory = memory
         return result
 
 

@@ -169,6 +169,22 @@ def test_every_other_batch_expands_to_what_it_was(data: bytes, name: str) -> Non
         assert expansion._snappy_decode(bytes(cramjam.snappy.compress_raw(data))) == data
 
 
+@pytest.mark.parametrize("name", ["lz4", "zstd"])
+def test_threads_do_not_share_what_they_expand_into(name: str) -> None:
+    """A decoder lets the interpreter go; here it begins the next one in the middle of the first."""
+    first, second = (compressed(letter * 1000, KINDS[name]) for letter in (b"a", b"b"))
+    decode, expand_into = expansion._DECODERS[f"{name}_decode"], getattr(cramjam, name).decompress_into
+    found = []
+
+    def interrupted(payload: Any, memory: Any) -> int:
+        used: int = expand_into(payload, memory)
+        found.append(decode(second))
+        return used
+
+    assert expansion._buffer.expanded(interrupted, first) == b"a" * 1000
+    assert found == [b"b" * 1000]
+
+
 @pytest.mark.parametrize("make", [make_consumer, make_reader])
 async def test_every_consumer_is_bounded_by_the_largest_record_asked_for(make: Callable[[Config], Any]) -> None:
     """Two of the largest records fit; a process with several configurations goes by the largest."""
