@@ -150,7 +150,7 @@ def _in_words(cause: BaseException, settings: Mapping[str, Any]) -> Reason | Non
             return Reason(f"the broker does not offer {settings.get('sasl_mechanism', 'SASL')} there", hint)
         case NotAKafkaAnswer():
             hint = "kafka.bootstrap_servers has to name a broker, and kafka.security_protocol what its listener speaks"
-            return Reason(f"what answers there is no Kafka broker ({cause})", hint)
+            return Reason(f"what answers there does not speak plain Kafka ({cause})", hint)
         case socket.gaierror():
             hint = "is the name in kafka.bootstrap_servers right, and known to the name server of this machine?"
             return Reason(f"the name is not known: {cause.strerror}", hint, reached=False)

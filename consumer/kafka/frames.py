@@ -24,6 +24,10 @@ FRAME_BYTES_MAX: Final = 256 * MIB
 brings one batch whole that is larger."""
 
 
+TLS_ALERT: Final = 0x1503
+"""How a TLS alert begins (RFC 8446, 5.1: type 21, version 3.x); it is what a listener with TLS says to plain text."""
+
+
 class NotAKafkaAnswer(ConnectionError):
     """What came is no answer of a broker: it gives itself a length that none has."""
 
@@ -43,7 +47,7 @@ def create_bounded_reader_task(connection: Any) -> asyncio.Task[None]:
 
     async def readexactly(size: int) -> bytes:
         if size > longest():
-            raise NotAKafkaAnswer(f"an answer of {size} bytes")
+            raise NotAKafkaAnswer("a TLS alert" if size >> 16 == TLS_ALERT else f"an answer of {size} bytes")
         return await read(size)
 
     reader.readexactly = readexactly  # type: ignore[method-assign, assignment]  # of this one

@@ -547,7 +547,7 @@ def test_an_address_that_is_no_broker_is_told_and_takes_no_memory(apache: Broker
         stage = set_stage(apache, kafka={"bootstrap_servers": [stranger.address]})
         service = stage.start(ready=False)
         wait_until(lambda: stranger.connections >= 4, 60, "some attempts")
-        service.wait(lambda: has_said(service, "what answers there is no Kafka broker"), "it to be told")
+        service.wait(lambda: has_said(service, "what answers there does not speak plain Kafka"), "it to be told")
         at_most = service.memory_peak()
 
     print(f"{at_most / MIB:.0f} MiB at most, {stranger.connections} connections")

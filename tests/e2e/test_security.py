@@ -93,7 +93,7 @@ WRONG = {
         "OAUTH", "no OAuth token: status 401", "kafka.oauth", {"oauth": {"client_secret": f"no-{CANARY}"}}
     ),
     "no TLS where it is spoken": Wrong(
-        "TLS", "closes the connection", "kafka.security_protocol", {"security_protocol": "PLAINTEXT"}
+        "TLS", "does not speak plain Kafka (a TLS alert)", "kafka.security_protocol", {"security_protocol": "PLAINTEXT"}
     ),
 }
 

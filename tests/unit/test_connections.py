@@ -90,6 +90,7 @@ async def test_an_answer_that_no_broker_gives_ends_the_connection_at_once(head: 
     error = await answered(head)
 
     assert isinstance(error.__cause__, NotAKafkaAnswer)
+    assert ("TLS" in str(error.__cause__)) == (head[0] == 0x15)
 
 
 async def test_an_answer_that_is_as_long_as_may_be_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

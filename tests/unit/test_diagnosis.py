@@ -112,7 +112,7 @@ def alert(reason: str) -> ssl.SSLError:
         (alert("WRONG_VERSION_NUMBER"), "no TLS connection (WRONG_VERSION_NUMBER)"),
         (ssl.SSLError("unlike OpenSSL's"), "no TLS connection (SSLError)"),
         (OSError("Multiple exceptions: [Errno 111] …, [Errno 101] …"), "Multiple exceptions"),
-        (NotAKafkaAnswer("an answer of 1213486160 bytes"), "no Kafka broker (an answer of 1213486160 bytes)"),
+        (NotAKafkaAnswer("an answer of 1213486160 bytes"), "not speak plain Kafka (an answer of 1213486160 bytes)"),
         (RuntimeError("a secret perhaps"), "RuntimeError"),
     ],
     ids=["password", "alert", "no TLS", "no reason", "several addresses", "no broker", "unknown"],
