@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
@@ -20,45 +21,50 @@ from consumer.kafka.fetch_pace import paced
 from consumer.kafka.frames import NotAKafkaAnswer
 from consumer.kafka.metadata_pace import pace_metadata
 
-Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer)
-
 
 def make_consumer(config: Config) -> AIOKafkaConsumer:
     """Make a consumer in the group, without subscription.
 
     Subscribing before ``start`` would make ``start`` wait for the first assignment without limit (hazard H17).
     """
-    expansion.install(config.limits.record_bytes)
-    return _considerate(AIOKafkaConsumer(**consumer_settings(config)))
+    return _consumer(config, consumer_settings(config))
 
 
 def make_reader(config: Config, *, committed_only: bool = True) -> AIOKafkaConsumer:
     """Make a consumer outside any group, for looking at topics."""
-    expansion.install(config.limits.record_bytes)
-    return _considerate(AIOKafkaConsumer(**reader_settings(config, committed_only=committed_only)))
+    return _consumer(config, reader_settings(config, committed_only=committed_only))
 
 
 def make_producer(config: Config, batch_bytes: int) -> AIOKafkaProducer:
     """Make an idempotent producer for batches of at most *batch_bytes* before compression."""
-    return _considerate(AIOKafkaProducer(**producer_settings(config, batch_bytes=batch_bytes)))
+    return _producer(producer_settings(config, batch_bytes=batch_bytes))
 
 
 def make_transactional_producer(config: Config, transactional_id: str) -> AIOKafkaProducer:
     """Make a producer that fences all others of the same *transactional_id* when it is started."""
-    return _considerate(AIOKafkaProducer(**producer_settings(config, transactional_id=transactional_id)))
+    return _producer(producer_settings(config, transactional_id=transactional_id))
 
 
-def _considerate(client: Client) -> Client:
-    """Return *client*, which has not been started, as one that does not ask brokers as fast as it can."""
-    if isinstance(client, AIOKafkaConsumer):
-        header_names.install()
-        paced(client)
-        pace_metadata(client._client)  # noqa: SLF001 - held by a test
-        ask_the_next_address(client._client)  # noqa: SLF001 - as above
-    else:
-        pace_metadata(client.client)
-        ask_the_next_address(client.client)
-    return client
+def _consumer(config: Config, settings: Mapping[str, Any]) -> AIOKafkaConsumer:
+    """Make a consumer that reads what others would fall over, and asks brokers in measure."""
+    expansion.install(config.limits.record_bytes)
+    header_names.install()
+    consumer = paced(AIOKafkaConsumer(**settings))
+    _ask_in_measure(consumer._client)  # noqa: SLF001 - held by a test
+    return consumer
+
+
+def _producer(settings: Mapping[str, Any]) -> AIOKafkaProducer:
+    """Make a producer that asks brokers in measure."""
+    producer = AIOKafkaProducer(**settings)
+    _ask_in_measure(producer.client)
+    return producer
+
+
+def _ask_in_measure(client: AIOKafkaClient) -> None:
+    """Have *client*, which has not been started, neither ask as fast as it can nor wait long for who says nothing."""
+    pace_metadata(client)
+    ask_the_next_address(client)
 
 
 class Startable(Protocol):

@@ -171,7 +171,7 @@ class FetchResult(fetcher.FetchResult):
             asyncio.get_running_loop().call_soon(cls._poll_ended)
         taken: list[Any] = []
         most = float("inf") if max_records is None else max_records
-        given = cls._given
+        given, all_taken = cls._given, False
         try:
             for record in self._partition_records:
                 taken.append(record)
@@ -181,12 +181,12 @@ class FetchResult(fetcher.FetchResult):
                 if len(taken) >= most or given >= POLL_BYTES_MAX:
                     break
             else:
-                self._update_position()  # type: ignore[no-untyped-call]  # as above
-                self._partition_records = None
-                return taken
+                all_taken = True
         finally:
             cls._given = given
         self._update_position()  # type: ignore[no-untyped-call]  # as above
+        if all_taken:
+            self._partition_records = None
         return taken
 
     @classmethod

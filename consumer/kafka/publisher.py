@@ -456,10 +456,9 @@ async def discard(producer: AIOKafkaProducer, timeout_seconds: float) -> None:
     error = KafkaError("the producer was thrown away")
     pending = accumulator._pending_batches  # noqa: SLF001 - above
     pending.update(chain.from_iterable(accumulator._batches.values()))  # noqa: SLF001 - a batch that fails is sought there
+    nobody_waits_for(producer)  # of what has come since
     for left in list(pending):
         left.failure(error)
-        for future in (left.future, left._drain_waiter):  # noqa: SLF001 - above
-            future.exception()  # its lane may be gone
     await asyncio.wait([stopping], timeout=TEAR_DOWN_SECONDS)
     # What a `stop` that was cancelled, or raised, did not come to.
     closing = asyncio.create_task(producer.client.close())

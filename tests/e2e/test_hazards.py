@@ -121,6 +121,17 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
+class Held:
+    """A callback that says when it has begun, and ends when it may."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self) -> None:
+        self.begun.set()
+        await self.may_end.wait()
+
+
 class Listener(ConsumerRebalanceListener):
     """Writes down what it is told, and does what a test wants on top."""
 
@@ -620,25 +631,20 @@ async def test_who_does_not_poll_has_left_before_he_is_told(proxied_rig: tuple[R
 
 async def test_who_is_expelled_hears_of_it_as_of_a_revocation_and_may_commit_into_the_empty_group(rig: Rig) -> None:
     """H16c, H16f: only the commit tells; and once the client knows, the group takes its commits as anybody's."""
-    listener, revoked, go_on = Listener(), asyncio.Event(), asyncio.Event()
-
-    async def wait() -> None:
-        revoked.set()
-        await go_on.wait()
-
+    listener, held = Listener(), Held()
     async with rig.member(listener) as consumer:
         await rig.joined(consumer)
-        listener.on_revoked = wait
+        listener.on_revoked = held
         await rig.expel(consumer)
         async with asyncio.timeout(PATIENCE_SECONDS):
-            await revoked.wait()
+            await held.begun.wait()
 
         assert consumer._coordinator.generation == -1
         assert consumer.assignment() == {rig.first, rig.second}
         await consumer.commit({rig.first: 7})
         assert await consumer.committed(rig.first) == 7, "the hazard is gone: nobody is a member, and it is taken"
         listener.on_revoked = None
-        go_on.set()
+        held.may_end.set()
         await until(lambda: len(listener.assigned) == 2)
 
 
@@ -709,23 +715,18 @@ async def test_a_stop_does_not_call_the_listener(rig: Rig) -> None:
 async def test_a_join_that_outlasts_a_request_is_begun_again_and_again(proxied_rig: tuple[Rig, Proxy]) -> None:
     """H16d: a member that is slow to rejoin makes it last; so a request may take longer than a rebalance."""
     rig, proxy = proxied_rig
-    listener, heard, may = Listener(), asyncio.Event(), asyncio.Event()
-
-    async def wait() -> None:
-        heard.set()
-        await may.wait()
-
+    listener, held = Listener(), Held()
     async with rig.member(listener) as slow:
         await rig.joined(slow)
-        listener.on_revoked = wait
+        listener.on_revoked = held
         before = proxy.asked[JOIN_GROUP]
         async with rig.member(request_timeout_ms=1000) as other:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                await heard.wait()
+                await held.begun.wait()
             await until(lambda: proxy.asked[JOIN_GROUP] - before >= 5)
             in_the_group = other.assignment()
             listener.on_revoked = None
-            may.set()
+            held.may_end.set()
 
     assert in_the_group == set()
 
