@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import io
 import json
+import sys
 import uuid
+import weakref
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -429,14 +431,23 @@ def test_what_is_refused_is_freed_with_its_answer(value: bytes) -> None:
     decoder = OperationDecoder()
     decoder.decode(value)
     gc.collect()
+    held_before, failures_before = sys.getrefcount(value), failures_alive()
     gc.disable()
     try:
         decoded = decoder.decode(value)
         assert decoded.error is not None
+        failure = weakref.ref(decoded.error)
         del decoded
-        assert gc.collect() == 0
+        assert failure() is None
+        assert failures_alive() == failures_before
+        assert sys.getrefcount(value) == held_before
     finally:
         gc.enable()
+
+
+def failures_alive() -> int:
+    """How many exceptions of the package there are; not what other tests' threads leave to the collector meanwhile."""
+    return sum(isinstance(thing, TierstreamError) for thing in gc.get_objects())
 
 
 class TestOperationsThatBreakARule:
